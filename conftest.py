@@ -1,0 +1,14 @@
+"""Hypothesis profiles and one torch thread, nothing else."""
+
+import torch
+from hypothesis import HealthCheck, settings
+
+# One thread: the sizes are tiny, and a second thread may change the order of a sum.
+torch.set_num_threads(1)
+
+# No deadline: a Trainer's first fit imports half of Lightning.
+settings.register_profile(
+    "default", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=False
+)
+settings.register_profile("thorough", settings.get_profile("default"), max_examples=1000)
+settings.load_profile("default")

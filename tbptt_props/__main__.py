@@ -1,0 +1,128 @@
+"""The command line: `tbptt-props check module.path:build`, or `python -m tbptt_props`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+HOLDS, BROKEN, MISUSED = 0, 1, 2
+
+
+class Misused(Exception):
+    """The command cannot do what it was asked for; the message says why."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return 0 if the properties hold, 1 if one is broken, 2 if misused."""
+    options = _parser().parse_args(arguments)
+    try:
+        return _check(options)
+    except Misused as error:
+        print(f"tbptt-props: {error}", file=sys.stderr)
+        return MISUSED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tbptt-props",
+        description="Judge a loop of truncated backpropagation through time.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    check = commands.add_parser(
+        "check",
+        help="search for cases that break a property",
+        description="Search for cases that break a property of the subject; exit code 0 if all "
+        "that could be judged hold, 1 if one is broken, 2 if the subject can't be judged.",
+    )
+    check.add_argument("subject", metavar="module.path:build", help="a function of a Case")
+    check.add_argument("--max-examples", type=int, default=100, metavar="N", help="cases to try")
+    check.add_argument("--seed", type=int, metavar="N", help="repeat the search of this seed")
+    for size in _sizes():
+        check.add_argument(f"--{size}", type=int, metavar="N", help=f"fix {size} of every case")
+    return parser
+
+
+def _sizes() -> list[str]:
+    from tbptt_props.case import SIZES
+
+    return [size for size in SIZES if size != "seed"]
+
+
+def _check(options: argparse.Namespace) -> int:
+    build = _load(options.subject)
+    from tbptt_props.judge import verify
+    from tbptt_props.subject import ObservationError
+
+    fixed = {size: value for size in _sizes() if (value := getattr(options, size)) is not None}
+    progress = _Progress(options.max_examples)
+    try:
+        report = verify(
+            build,
+            max_examples=options.max_examples,
+            seed=options.seed,
+            on_case=progress.show,
+            **fixed,
+        )
+    except (ObservationError, ValueError, TypeError) as error:
+        progress.clear()
+        raise Misused(f"{options.subject}: {error}") from error
+    progress.clear()
+    print(report.as_text())
+    if not report.holds and not report.broken:
+        raise Misused(f"{options.subject}: nothing could be judged")
+    return BROKEN if report.broken else HOLDS
+
+
+def _load(path: str) -> Callable[..., Any]:
+    module_name, _, name = path.partition(":")
+    if not module_name or not name:
+        raise Misused(f"subject must be module.path:build, got {path!r}")
+    here = str(Path.cwd())
+    if here not in sys.path:  # a command's sys.path lacks what `python -m` has
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise Misused(f"{module_name} can't be imported ({error})") from error
+    build = getattr(module, name, None)
+    if not callable(build):
+        functions = sorted(n for n, f in vars(module).items() if callable(f) and n[0] != "_")
+        raise Misused(f"{module_name} has no function {name!r}; it has {', '.join(functions)}")
+    return build  # type: ignore[no-any-return]
+
+
+class _Progress:
+    """Says how far the search has come, on a terminal only."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.begun = time.monotonic()
+        self.wanted = sys.stderr.isatty()
+        self.broken: set[str] = set()
+
+    def show(self, number: int, report: Any) -> None:
+        """Tell of one more case."""
+        self.broken.update(verdict.name for verdict in report.broken)
+        if self.wanted:
+            seconds = time.monotonic() - self.begun
+            found = f", {len(self.broken)} broken so far" if self.broken else ""
+            print(
+                f"\r\033[K{number} of {self.total} cases, {seconds:.0f} s{found}",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def clear(self) -> None:
+        """Take the line away."""
+        if self.wanted:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""A case: the size of one problem, in integers; its numbers grow from the seed.
+
+Shapes: B sequences, T time steps, K time steps in a chunk, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, order=True)
+class Case:
+    """One problem: `batches` batches of B = `batch` sequences of T = `steps`, cut every K = `chunk`.
+
+    Only integers, so the repr is the reproduction. An odd seed makes each batch one sequence
+    smaller than the one before it, and a seed whose bit 1 is set (2, 3, 6, 7, ...) makes each batch
+    one time step shorter, down to one; seed 0 makes all batches alike.
+
+    Raises:
+        ValueError: a size is below 1, the seed is below 0, or either is not an integer.
+    """
+
+    batch: int = 1
+    steps: int = 2
+    chunk: int = 1
+    inputs: int = 1
+    hidden: int = 1
+    outputs: int = 1
+    batches: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that no problem has."""
+        for name in SIZES:
+            require_size(name, getattr(self, name))
+
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Return (B, T) of each batch, in the order they are trained on."""
+        fewer, shorter = self.seed & 1, self.seed >> 1 & 1
+        return tuple(
+            (max(1, self.batch - fewer * i), max(1, self.steps - shorter * i))
+            for i in range(self.batches)
+        )
+
+    def tensors(self) -> list[tuple[Tensor, Tensor]]:
+        """Grow the batches: float64 inputs (B, T, I) and targets (B, T, O), no number twice.
+
+        The numbers come from a generator of the case's own; nobody's global seed is touched.
+        """
+        import torch
+
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+
+        return [(normal(b, t, self.inputs), normal(b, t, self.outputs)) for b, t in self.sizes()]
+
+
+SIZES = tuple(field.name for field in fields(Case))
+
+
+def require_size(name: str, value: object) -> None:
+    """Refuse what is not one of a case's sizes, or not a value that it can have.
+
+    Raises:
+        ValueError: no size has that name, or its value is no integer of at least 1 (seed: 0).
+    """
+    if name not in SIZES:
+        raise ValueError(f"a case has no size {name!r}: its sizes are {', '.join(SIZES)}")
+    least = 0 if name == "seed" else 1
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {name}={value!r}")

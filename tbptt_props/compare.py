@@ -1,0 +1,92 @@
+"""How two tensors are compared: bitwise, or within a tolerance that is named for its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+from tbptt_props.trace import Difference, Tensors
+
+
+class Tolerance(TypedDict):
+    """What two numbers may differ by: `atol + rtol * |due|`."""
+
+    rtol: float
+    atol: float
+
+
+# The same operations on the same numbers; only the order of a sum may differ. Both are small
+# against 1, for the numbers are grown standard normal.
+EXACT: dict[torch.dtype, Tolerance] = {
+    torch.float64: {"rtol": 1e-9, "atol": 1e-12},
+    torch.float32: {"rtol": 1e-4, "atol": 1e-6},
+}
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Tell whether two tensors are bitwise equal, NaN for NaN."""
+    if one is other:
+        return True
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if torch.equal(one, other):
+        return True
+    return bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def close(found: Tensor, due: Tensor) -> bool:
+    """Tell whether `found` is what was due, but for the order of sums."""
+    if found.shape != due.shape:
+        return False
+    return torch.allclose(found, due, **_tolerance(found), equal_nan=True)
+
+
+def near(found: float, due: float, *, dtype: torch.dtype = torch.float64) -> bool:
+    """Tell whether one number is what was due, but for the order of sums."""
+    return close(torch.tensor(found, dtype=dtype), torch.tensor(due, dtype=dtype))
+
+
+def _tolerance(tensor: Tensor) -> Tolerance:
+    return EXACT.get(tensor.dtype, EXACT[torch.float32])
+
+
+def difference(name: str, found: Tensor, due: Tensor) -> Difference:
+    """Return the entry in which two tensors of one shape differ most."""
+    with torch.no_grad():
+        gap = (found.detach() - due.detach()).abs().to(torch.float64).nan_to_num(torch.inf)
+    flat = int(gap.argmax()) if gap.numel() else 0
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), gap.shape))
+    return Difference(name, index, float(found[index]), float(due[index]))
+
+
+def worst(found: Tensors, due: Tensors, *, bitwise: bool = False) -> Iterator[Difference]:
+    """Yield, for each name, the entry that differs most, where two sets of tensors differ."""
+    for name in due:
+        one, other = found.get(name), due[name]
+        if one is None:
+            one = torch.zeros_like(other)
+        if one.shape != other.shape:
+            yield Difference(f"{name} of shape {tuple(one.shape)}", (), torch.nan, torch.nan)
+        elif not (same(one, other) if bitwise else close(one, other)):
+            yield difference(name, one, other)
+
+
+def is_clipped(gradients: Tensors, handed: Tensors) -> bool:
+    """Tell whether gradients were shrunk as clipping does: by one factor, or cut at one height.
+
+    False where they were not changed at all, nor where they were cleared.
+    """
+    changed = {n: g for n, g in handed.items() if n in gradients and not same(g, gradients[n])}
+    if not changed or not any(bool(g.any()) for g in handed.values()):
+        return False
+    before = torch.cat([gradients[name].flatten() for name in handed if name in gradients])
+    after = torch.cat([handed[name].flatten() for name in handed if name in gradients])
+    return _scaled_down(before, after) or close(after, before.clamp(-after.abs().max(), after.abs().max()))
+
+
+def _scaled_down(before: Tensor, after: Tensor) -> bool:
+    factor = after.norm() / before.norm()
+    return bool(factor < 1) and close(after, before * factor)

@@ -1,0 +1,341 @@
+"""Judges a subject: one case, or a search for the smallest case that breaks each property."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, Phase, find, given, seed, settings
+from hypothesis.errors import NoSuchExample
+
+from tbptt_props.case import Case
+from tbptt_props.observation import Fresh, observing, run
+from tbptt_props.properties import OF_LINKS, OF_RUNS, PROPERTIES, LinkProperty, RunProperty
+from tbptt_props.rederivation import rederive
+from tbptt_props.strategies import cases
+from tbptt_props.subject import ObservationError, Subject
+from tbptt_props.trace import Chunk, Finding, Link, NotJudged, Trace, Violation
+
+Property = RunProperty | LinkProperty
+
+
+class BrokenProperty(AssertionError):
+    """The subject breaks a property; the message says where, and what was due."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found of one property: it holds, is broken, or could not be judged."""
+
+    name: str
+    claim: str
+    violations: tuple[Violation, ...] = ()
+    case: Case | None = None  # the smallest one that breaks it
+    missing: str = ""  # why it was not judged
+    judged: int = 0  # cases on which it was
+
+    @property
+    def status(self) -> str:
+        """One of `broken`, `holds` and `not judged`."""
+        if self.violations:
+            return "broken"
+        return "holds" if self.judged else "not judged"
+
+
+@dataclass(frozen=True)
+class Report:
+    """One verdict per property."""
+
+    subject: str
+    verdicts: tuple[Verdict, ...]
+    examples: int = 1
+    trace: Trace | None = field(default=None, repr=False)
+
+    @property
+    def holds(self) -> tuple[Verdict, ...]:
+        """The properties that were judged and hold."""
+        return self._of("holds")
+
+    @property
+    def broken(self) -> tuple[Verdict, ...]:
+        """The properties that are broken, each with its violations and its smallest case."""
+        return self._of("broken")
+
+    @property
+    def not_judged(self) -> tuple[Verdict, ...]:
+        """The properties of which nothing can be said, each with what is missing."""
+        return self._of("not judged")
+
+    def _of(self, status: str) -> tuple[Verdict, ...]:
+        return tuple(verdict for verdict in self.verdicts if verdict.status == status)
+
+    def __bool__(self) -> bool:
+        """Refuse to be one of two things: there are three verdicts."""
+        raise TypeError(
+            "a report is neither true nor false: look at .broken, .holds and .not_judged"
+        )
+
+    def __getitem__(self, name: str) -> Verdict:
+        """Return the verdict on the property of that name."""
+        for verdict in self.verdicts:
+            if verdict.name == name:
+                return verdict
+        raise KeyError(f"no property {name!r}: {', '.join(v.name for v in self.verdicts)}")
+
+    def as_text(self) -> str:
+        """Say it to a person: one line per property, then each failure."""
+        from tbptt_props.report import as_text
+
+        return as_text(self)
+
+    def raise_if_broken(self) -> None:
+        """Raise for the first broken property, if there is one.
+
+        Raises:
+            BrokenProperty: a property is broken.
+            ObservationError: nothing could be judged.
+        """
+        from tbptt_props.report import failure_text
+
+        if self.broken:
+            raise BrokenProperty("\n\n".join(failure_text(self, v) for v in self.broken))
+        if not self.holds:
+            reasons = sorted({verdict.missing for verdict in self.not_judged})
+            raise ObservationError(f"nothing could be judged: {'; '.join(reasons)}")
+
+
+def check(subject: Subject, case: Case, *, properties: Sequence[Property] = PROPERTIES) -> Report:
+    """Train copies of `subject` on `case` and judge every property.
+
+    Raises:
+        ObservationError: the subject cannot be described; the message says what is needed.
+    """
+    return judge(subject.copied, case, properties, name=type(subject.module).__name__)
+
+
+def judge(
+    fresh: Fresh, case: Case, properties: Sequence[Property] = PROPERTIES, *, name: str = "subject"
+) -> Report:
+    """Train a fresh subject on `case` and judge every property.
+
+    Training runs in float64; a subject that cannot is judged in the dtype torch starts with.
+    """
+    report = _judge(fresh, case, properties, name, torch.float64)
+    halt = report.trace.halt if report.trace else None
+    if halt and "dtype" in halt.error:
+        again = _judge(fresh, case, properties, name, torch.float32)
+        if again.trace and not again.trace.halt:
+            return again
+    return report
+
+
+def _judge(
+    fresh: Fresh, case: Case, properties: Sequence[Property], name: str, dtype: torch.dtype
+) -> Report:
+    of_links = [p for p in OF_LINKS if p in properties]
+    of_runs = [p for p in OF_RUNS if p in properties]
+    judged = {p.__name__: _Findings() for p in properties}
+    with observing(case, dtype):
+        twin = fresh()
+        twin.module.to(dtype)
+        before: list[Chunk] = []
+
+        def judge_link(chunk: Chunk) -> None:
+            link = Link(before[-1] if before else None, chunk, rederive(twin, chunk))
+            for p in of_links:
+                judged[p.__name__].add(p(link))
+            before[:] = [chunk.light()]
+
+        trace = run(fresh, case, judge_link)
+        for p in of_runs:
+            judged[p.__name__].add(p(trace))
+    verdicts = tuple(judged[p.__name__].verdict(p, case) for p in properties)
+    return Report(name, verdicts, trace=trace)
+
+
+class _Findings:
+    """What one property found on the links of one run."""
+
+    def __init__(self) -> None:
+        self.violations: list[Violation] = []
+        self.missing: list[str] = []
+        self.clean = 0
+
+    def add(self, findings: Iterator[Finding]) -> None:
+        found = list(findings)
+        self.violations += [finding for finding in found if isinstance(finding, Violation)]
+        self.missing += [finding.missing for finding in found if isinstance(finding, NotJudged)]
+        self.clean += not found
+
+    def verdict(self, judged: Property, case: Case) -> Verdict:
+        return Verdict(
+            name=judged.__name__,
+            claim=(judged.__doc__ or "").splitlines()[0],
+            violations=tuple(self.violations),
+            case=case if self.violations else None,
+            missing=next(iter(self.missing), "training ended before it") if not self.clean else "",
+            judged=int(self.clean > 0 or bool(self.violations)),
+        )
+
+
+# The search ---------------------------------------------------------------------------------
+
+
+Build = Callable[[Case], Subject]
+
+
+def verify(
+    build: Build,
+    *,
+    max_examples: int = 100,
+    seed: int | None = None,
+    properties: Sequence[Property] = PROPERTIES,
+    on_case: Callable[[int, Report], object] | None = None,
+    **fixed: int,
+) -> Report:
+    """Search for cases that break a property of what `build(case)` returns, and shrink them.
+
+    Args:
+        build: makes a fresh subject for a case: a new module each time.
+        max_examples: how many cases to try.
+        seed: makes the search repeatable; drawn anew if it is not given.
+        properties: which to judge.
+        on_case: told of each case's number and report while the search goes on.
+        fixed: sizes of a case that the subject can't vary, by name.
+
+    Raises:
+        ObservationError: a subject cannot be described, or `build` hands out a module twice.
+        TypeError: `build` does not return a subject.
+        ValueError: `max_examples` is below 1, or a size has no such name or value.
+    """
+    if max_examples < 1:
+        raise ValueError(f"max_examples must be at least 1, got max_examples={max_examples}")
+    bench = Bench(build, properties)
+    number = random.SystemRandom().getrandbits(64) if seed is None else seed
+    counted = bench.search(cases(**fixed), number, max_examples, on_case)
+    report = bench.summed()
+    verdicts = tuple(
+        bench.shrunk(verdict, cases(**fixed), number, max_examples)
+        if verdict.violations
+        else verdict
+        for verdict in report.verdicts
+    )
+    return replace(report, verdicts=verdicts, examples=counted)
+
+
+class Bench:
+    """Judges what a factory builds, once per case; remembers the verdicts, not the tensors."""
+
+    def __init__(self, build: Build, properties: Sequence[Property] = PROPERTIES) -> None:
+        """Judge what `build` makes."""
+        self.build = build
+        self.name = getattr(build, "__name__", type(build).__name__)
+        self.properties = properties
+        self.reports: dict[Case, Report] = {}
+        self.last: Subject | None = None
+
+    def judge(self, case: Case) -> Report:
+        """Return the report on `case`, training only the first time."""
+        if case not in self.reports:
+            report = judge(lambda: self.fresh(case), case, self.properties, name=self.name)
+            self.reports[case] = replace(report, trace=None)
+        return self.reports[case]
+
+    def fresh(self, case: Case) -> Subject:
+        """Build a subject, and make sure that it shares nothing with the one before."""
+        subject = self.build(case)
+        if not isinstance(subject, Subject):
+            raise TypeError(f"{self.name} must return a Subject, got {type(subject).__name__}")
+        if self.last is not None:
+            old = {id(p) for p in self.last.module.parameters()}
+            shared = [n for n, p in subject.module.named_parameters() if id(p) in old]
+            if self.last.module is subject.module or shared:
+                what = f"parameter {shared[0]}" if shared else "its module"
+                raise ObservationError(
+                    f"{self.name} must make a fresh module for each case, but {what} is the same "
+                    "object as the time before: build the module inside the function"
+                )
+        self.last = subject
+        return subject
+
+    def search(
+        self,
+        strategy: Any,
+        number: int,
+        max_examples: int,
+        on_case: Callable[[int, Report], object] | None,
+    ) -> int:
+        """Judge drawn cases, whether or not one breaks something; return how many."""
+        count = 0
+
+        @_settings(max_examples, (Phase.generate,))
+        @seed(number)
+        @given(strategy)
+        def search(case: Case) -> None:
+            nonlocal count
+            count += 1
+            report = self.judge(case)
+            if on_case:
+                on_case(count, report)
+
+        search()
+        return count
+
+    def summed(self) -> Report:
+        """Sum up all cases judged so far: broken on one is broken."""
+        verdicts = [self._summed(p.__name__) for p in self.properties]
+        return Report(self.name, tuple(verdicts), examples=len(self.reports))
+
+    def _summed(self, name: str) -> Verdict:
+        found = [report[name] for _, report in sorted(self.reports.items())]
+        broken = [verdict for verdict in found if verdict.violations]
+        judged = sum(verdict.judged for verdict in found)
+        first = min(broken, key=_size) if broken else found[0]
+        missing = "" if judged else first.missing
+        return replace(first, judged=judged, missing=missing)
+
+    def shrunk(self, verdict: Verdict, strategy: Any, number: int, max_examples: int) -> Verdict:
+        """Shrink the case that breaks a property."""
+
+        def breaks(case: Case) -> bool:
+            return bool(self.judge(case)[verdict.name].violations)
+
+        try:
+            smallest = find(
+                strategy,
+                breaks,
+                settings=_settings(max_examples, (Phase.generate, Phase.shrink)),
+                random=random.Random(number),
+            )
+        except NoSuchExample:  # the search draws otherwise than the one that found it
+            return verdict
+        best = min((smallest, verdict.case or smallest), key=lambda case: _measure(case))
+        return replace(self.judge(best)[verdict.name], judged=verdict.judged)
+
+
+def _size(verdict: Verdict) -> tuple[int, ...]:
+    assert verdict.case is not None
+    return _measure(verdict.case)
+
+
+def _measure(case: Case) -> tuple[int, ...]:
+    """Order cases by how much a person has to think about."""
+    return (
+        case.batches * case.steps, case.batch, case.chunk,
+        case.inputs + case.hidden + case.outputs, case.seed,
+    )
+
+
+def _settings(max_examples: int, phases: tuple[Phase, ...]) -> settings:
+    return settings(
+        max_examples=max_examples,
+        phases=phases,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        derandomize=False,
+        print_blob=False,
+    )

@@ -1,0 +1,346 @@
+"""Three black-box laws that are complete: what obeys them on all inputs *is* truncated BPTT.
+
+One chunk is one ordinary update. A run is the run of its second part, from what its first part
+left. A batch knows nothing of the one before but parameters, buffers and the optimizer's memory.
+The first is held against plain autograd; the other two hold the subject against itself, in fresh
+objects and at equal shapes, so that they need no tolerance.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tbptt_props.case import Case
+from tbptt_props.compare import is_clipped, same
+from tbptt_props.process import randomness, set_randomness
+from tbptt_props.rederivation import apply_rule, rederive
+from tbptt_props.state import leaves, map_tensors, same_layout
+from tbptt_props.subject import Batches, Subject
+from tbptt_props.trace import Chunk, Ending, Rerun, Rule, Span, Tensors
+from tbptt_props.train import train
+from tbptt_props.watch import Arguments, Training, Watch, owner_of, plain_attributes
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that a run may hand on at one moment, as data."""
+
+    batch: int
+    start: int  # the time step at which to go on
+    parameters: Tensors
+    buffers: Tensors
+    attributes: Mapping[str, Mapping[str, Any]]
+    graded: frozenset[str]  # parameters that have a gradient, be it zero
+    memory: tuple[Any, ...]  # state of each optimizer
+    schedules: tuple[Any, ...]
+    randomness: Any
+    updates: int
+    state: Any = None
+    handed: bool = False
+
+
+@dataclass
+class Bookmarks:
+    """Where in a run to leave a checkpoint, and the checkpoints left there."""
+
+    plan: Sequence[Sequence[Span]]
+    case: Case
+    boundary: Checkpoint | None = None
+    reset: Checkpoint | None = None
+    where: tuple[int, int] | None = field(init=False)  # batch and time step of the boundary
+
+    def __post_init__(self) -> None:
+        """Choose the boundary: any one of the last batch that has one."""
+        self.where = None
+        for batch in range(len(self.plan) - 1, -1, -1):
+            starts = [start for start, _ in self.plan[batch]][1:]
+            if starts:
+                self.where = (batch, starts[self.case.seed % len(starts)])
+                return
+
+    def watch(self, watch: Watch) -> None:
+        """Leave the checkpoints while `watch` is on."""
+        watch.before_call = self._before_call
+        watch.before_batch = self._before_batch
+
+    def _before_call(self, watch: Watch, places: Tensor | None, arguments: Arguments) -> None:
+        if self.boundary or self.where is None or watch.batch != self.where[0] or watch.open:
+            return
+        if places is None or not places.numel() or int(places[..., 1].min()) != self.where[1]:
+            return
+        self.boundary = _checkpoint(watch, self.where[1], arguments)
+
+    def _before_batch(self, watch: Watch) -> None:
+        if 0 < watch.batch == len(self.plan) - 1:
+            self.reset = _checkpoint(watch, 0, None)
+
+
+def _checkpoint(watch: Watch, start: int, arguments: Arguments | None) -> Checkpoint:
+    parameters = dict(watch.module.named_parameters())
+    return Checkpoint(
+        batch=watch.batch,
+        start=start,
+        parameters={
+            name: _shared(watch.known.get(name), parameter)
+            for name, parameter in parameters.items()
+        },
+        buffers={name: b.detach().clone() for name, b in watch.module.named_buffers()},
+        attributes=_numbers_and_text(watch.module),
+        graded=frozenset(n for n, p in parameters.items() if p.grad is not None),
+        memory=tuple(copy.deepcopy(o.state_dict()) for o in watch.training.optimizers),
+        schedules=tuple(copy.deepcopy(s.state_dict()) for s in watch.training.schedulers),
+        randomness=randomness(),
+        updates=watch.training.updates() if watch.training.updates else 0,
+        state=map_tensors(same_layout, arguments.state) if arguments else None,
+        handed=arguments is not None and arguments.has_state,
+    )
+
+
+def _shared(known: Tensor | None, parameter: Tensor) -> Tensor:
+    """Take a copy that exists already, if it is one: parameters are large."""
+    if known is not None and same(parameter, known):
+        return known
+    return parameter.detach().clone()
+
+
+def _numbers_and_text(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return counters and settings; tensors are what a run must not smuggle on."""
+    return {
+        part: {k: v for k, v in attributes.items() if isinstance(v, (bool, int, float, str))}
+        for part, attributes in plain_attributes(module).items()
+    }
+
+
+def ending(module: nn.Module, training: Training, state: Any) -> Ending:
+    """Write down what a run left."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    memory: dict[str, Tensor] = {}
+    for i, optimizer in enumerate(training.optimizers):
+        for parameter, remembered in optimizer.state.items():
+            prefix = f"{type(optimizer).__name__}[{i}].{names.get(id(parameter), '?')}"
+            memory.update(leaves(remembered, prefix))
+    return Ending(
+        parameters=_copied(dict(module.named_parameters())),
+        buffers=_copied(dict(module.named_buffers())),
+        memory=_copied(memory),
+        state=_copied(leaves(state)),
+    )
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+# A run against the run of its second part -----------------------------------------------------
+
+
+def resumed(
+    fresh: Callable[[], Subject], batches: Batches, marks: Bookmarks, first: Ending, watch: Watch
+) -> Rerun:
+    """Run on from a boundary in fresh objects."""
+    if marks.where is None:
+        return Rerun("", missing="a case of at least two chunks")
+    batch, start = marks.where
+    where = f"{f'batch {batch}, ' if batch else ''}from time step {start} on"
+    if not watch.training.optimizers:
+        return Rerun(where, missing="the optimizers are not known before training")
+    if marks.boundary is None:
+        if any(chunk.span is None for chunk in watch.closed):
+            return Rerun(where, missing="inputs of forward are not the batch's own")
+        return Rerun(where, problem="no chunk starts there to go on from")
+    return _rerun(fresh, batches, marks.boundary, first, where)
+
+
+def alone(
+    fresh: Callable[[], Subject], batches: Batches, marks: Bookmarks, first: Ending, watch: Watch
+) -> Rerun:
+    """Run the last batch in fresh objects."""
+    where = f"batch {len(batches) - 1}"
+    if len(batches) < 2:
+        return Rerun(where, missing="a case of at least two batches")
+    if not watch.training.optimizers:
+        return Rerun(where, missing="the optimizers are not known before training")
+    if marks.reset is None:
+        return Rerun(where, missing="training did not get to the last batch")
+    return _rerun(fresh, batches, marks.reset, first, where)
+
+
+def _rerun(
+    fresh: Callable[[], Subject], batches: Batches, left: Checkpoint, first: Ending, where: str
+) -> Rerun:
+    # A view has the strides that the chunks of the first run had, and kernels may sum in another
+    # order for others; but a loop may be unable to take a view, or copy it first. Either will do.
+    rerun = _gone_on(fresh(), _cut(batches, left), left, first, where)
+    if left.start and not _alike(rerun):
+        copied = [(x.contiguous(), y.contiguous()) for x, y in _cut(batches, left)]
+        rerun = _gone_on(fresh(), copied, left, first, where)
+    return rerun
+
+
+def _cut(batches: Batches, left: Checkpoint) -> list[tuple[Tensor, Tensor]]:
+    cut = [(x.clone(), y.clone()) for x, y in batches]
+    x, y = cut[left.batch]
+    cut[left.batch] = x[:, left.start :], y[:, left.start :]
+    return cut
+
+
+def _gone_on(
+    subject: Subject, batches: Batches, left: Checkpoint, first: Ending, where: str
+) -> Rerun:
+    going_on = _GoingOn(subject, left)
+    with going_on.wrapped():
+        error = train(subject, batches, going_on, skip=left.batch)
+    if error is not None:
+        return Rerun(where, problem=f"the fresh run raised {type(error).__name__}: {error}")
+    return Rerun(where, first, ending(subject.module, going_on.training, going_on.state))
+
+
+def _alike(rerun: Rerun) -> bool:
+    if rerun.first is None or rerun.second is None:
+        return False
+    parts = ("parameters", "buffers", "memory", "state")
+    pairs = [(getattr(rerun.first, part), getattr(rerun.second, part)) for part in parts]
+    return all(
+        one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
+        for one, other in pairs
+    )
+
+
+class _GoingOn:
+    """Starts a fresh run from a checkpoint."""
+
+    def __init__(self, subject: Subject, left: Checkpoint) -> None:
+        self.subject = subject
+        self.module = subject.module
+        self.left = left
+        self.training = Training()
+        self.loaded = False
+        self.entered = False
+        self.state: Any = None
+
+    def training_begun(self, training: Training) -> None:
+        self.training = training
+
+    def batch_started(self, index: int, batch: Any) -> None:
+        if not self.loaded:
+            self.loaded = True
+            self._load()
+
+    def batch_ended(self, index: int) -> None:
+        """Nothing to note."""
+
+    def backward_announced(self, loss: Tensor) -> None:
+        """Nothing to note."""
+
+    @torch.no_grad()
+    def _load(self) -> None:
+        left = self.left
+        for name, parameter in self.module.named_parameters():
+            parameter.copy_(left.parameters[name])
+            parameter.grad = torch.zeros_like(parameter) if name in left.graded else None
+        for name, buffer in self.module.named_buffers():
+            if name in left.buffers:
+                buffer.copy_(left.buffers[name])
+        for name, part in self.module.named_modules():
+            vars(part).update(left.attributes.get(name, {}))
+        for optimizer, memory in zip(self.training.optimizers, left.memory, strict=True):
+            optimizer.load_state_dict(copy.deepcopy(memory))
+        for scheduler, schedule in zip(self.training.schedulers, left.schedules, strict=True):
+            scheduler.load_state_dict(copy.deepcopy(schedule))
+        self.training.set_updates(left.updates)
+        set_randomness(left.randomness)
+
+    def wrapped(self) -> ExitStack:
+        """Return a block within which the first forward starts from the checkpoint's state."""
+        owner, name = owner_of(self.module, self.subject.forward)
+        original = getattr(owner, name)
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled() or not self.module.training:
+                return original(*args, **kwargs)
+            if not self.entered and self.left.start:
+                set_randomness(self.left.randomness)
+                if self.left.handed:
+                    state = map_tensors(same_layout, self.left.state)
+                    args, kwargs = Arguments.of(original, args, kwargs).replaced(state)
+            self.entered = True
+            returned = original(*args, **kwargs)
+            if isinstance(returned, (tuple, list)) and len(returned) == 2:
+                self.state = returned[1]
+            return returned
+
+        object.__setattr__(owner, name, forward)
+        undo = ExitStack()
+        undo.callback(vars(owner).pop, name, None)
+        return undo
+
+
+# One chunk against one ordinary update --------------------------------------------------------
+
+
+def one_chunk(
+    fresh: Callable[[], Subject], batches: Batches, marks: Bookmarks, first: Ending, watch: Watch
+) -> Rerun:
+    """Make one ordinary update on a whole batch, which is due where the plan is a single chunk."""
+    where = "the whole sequence"
+    if len(marks.plan) != 1 or len(marks.plan[0]) != 1:
+        return Rerun(where, missing="a case of one batch and one chunk")
+    chunk = watch.first
+    if chunk is None or chunk.given is None or chunk.outcome is None or chunk.span is None:
+        return Rerun(where, missing="no chunk of the batch's own was observed")
+    rules = watch.initial_rules or list(chunk.outcome.rules)
+    if not rules:
+        return Rerun(where, missing="the optimizers are not known")
+    if any(is_clipped(chunk.outcome.gradients, rule.handed) for rule in chunk.outcome.rules):
+        return Rerun(where, missing="gradients are clipped, and the contract does not say how")
+    due = rederive(fresh(), _of_whole(batches[0], chunk))
+    if due.missing:
+        return Rerun(where, missing=due.missing)
+    try:
+        return Rerun(where, first, _ordinary(chunk, due.gradients, due.state, rules))
+    except Exception as error:  # whatever a stranger's optimizer raises out of its place
+        return Rerun(where, missing=f"one update could not be made ({error})")
+
+
+def _of_whole(batch: tuple[Tensor, Tensor], chunk: Chunk) -> Chunk:
+    """Return `chunk` as it would be if it had been the whole batch, laid out as its inputs were."""
+    given, outcome = chunk.given, chunk.outcome
+    assert given is not None
+    assert outcome is not None
+    if len(given.calls) == 1:
+        x, y = (part.transpose(0, 1) if _time_first(chunk) else part for part in batch)
+        given = replace(given, calls=(replace(given.calls[0], x=x),), target=y)
+    return replace(chunk, given=given, outcome=replace(outcome, cotangents=(), rules=()))
+
+
+def _time_first(chunk: Chunk) -> bool:
+    """Tell whether the rows of a chunk's inputs go through the sequences before the time steps."""
+    if len(chunk.inputs) < 2:
+        return False
+    sequences = {sequence for sequence, _ in chunk.inputs}
+    if len(sequences) == 1:
+        assert chunk.given is not None
+        return bool(chunk.given.calls[0].x.shape[0] == len(chunk.inputs))
+    return chunk.inputs[0][1] == chunk.inputs[1][1]
+
+
+def _ordinary(chunk: Chunk, gradients: Tensors, state: Any, rules: Sequence[Rule]) -> Ending:
+    assert chunk.given is not None
+    copies = {n: nn.Parameter(p.clone()) for n, p in chunk.given.parameters.items()}
+    names = {id(parameter): name for name, parameter in copies.items()}
+    memory: dict[str, Tensor] = {}
+    for i, rule in enumerate(rules):
+        optimizer = apply_rule(rule, copies, gradients)
+        for parameter, remembered in optimizer.state.items():
+            prefix = f"{type(rule.optimizer).__name__}[{i}].{names.get(id(parameter), '?')}"
+            memory.update(leaves(remembered, prefix))
+    return Ending(_copied(copies), {}, memory, _copied(leaves(state)))

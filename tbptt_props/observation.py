@@ -1,0 +1,161 @@
+"""Subject and case in, trace out: trains for real, and writes down what was seen."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tbptt_props
+from tbptt_props import laws
+from tbptt_props.case import Case
+from tbptt_props.process import Hung, undisturbed
+from tbptt_props.subject import Batches, ObservationError, Subject
+from tbptt_props.trace import Chunk, Halt, Trace
+from tbptt_props.train import train
+from tbptt_props.watch import Watch
+
+Fresh = Callable[[], Subject]  # makes the subject anew, sharing nothing with the one before
+
+
+def observe(subject: Subject, case: Case) -> Trace:
+    """Train a copy of the subject's module on `case`; return what it was seen to do.
+
+    All tensors of all chunks are kept, so that memory grows with the number of chunks; `check`
+    judges each chunk as it ends, and keeps none.
+
+    Raises:
+        ObservationError: the run cannot be described; the message says what is needed.
+        ValueError: the batches are empty, of an impossible shape, or not finite.
+    """
+    chunks: list[Chunk] = []
+    with observing(case):
+        trace = run(subject.copied, case, chunks.append)
+    return replace(trace, chunks=tuple(chunks))
+
+
+@contextmanager
+def observing(case: Case, dtype: torch.dtype = torch.float64) -> Iterator[None]:
+    """Run the block as subjects are run: seeded from the case, quiet, and without a trace."""
+    with undisturbed(dtype=dtype, seed=case.seed):
+        yield
+
+
+def run(fresh: Fresh, case: Case, hand_on: Callable[[Chunk], None]) -> Trace:
+    """Train a fresh subject, hand on each chunk as it ends, and run the laws' second runs."""
+
+    def anew() -> Subject:
+        subject = fresh()
+        subject.module.to(torch.get_default_dtype())
+        return subject
+
+    subject = anew()
+    batches = batches_of(subject, case)
+    plan = tuple(subject.contract.plan(case, x.shape[1]) for x, _ in batches)
+    marks = laws.Bookmarks(plan, case)
+    watch = Watch(subject, batches, hand_on)
+    marks.watch(watch)
+    with watch.on():
+        error = train(subject, [(x.clone(), y.clone()) for x, y in batches], watch)
+        halt = _halt(error, watch)
+        error = None  # its traceback holds the loop's frames, and with them its graphs
+        watch.finished()
+    if watch.problem is not None:
+        raise watch.problem
+    _refuse_unseen(subject, watch, halt)
+    trace = Trace(
+        sizes=tuple((x.shape[0], x.shape[1]) for x, _ in batches),
+        plan=plan,
+        chunks=tuple(watch.closed),
+        halt=halt,
+        outlived=tuple(dict.fromkeys(watch.outlived)),
+        watched=watch.watched,
+        changed=tuple(watch.changed),
+    )
+    return trace if halt else _with_reruns(trace, anew, batches, marks, watch)
+
+
+def _with_reruns(
+    trace: Trace, fresh: Fresh, batches: Batches, marks: laws.Bookmarks, watch: Watch
+) -> Trace:
+    first = laws.ending(watch.module, watch.training, watch.last_state)
+    return replace(
+        trace,
+        one_chunk=laws.one_chunk(fresh, batches, marks, first, watch),
+        resumed=laws.resumed(fresh, batches, marks, first, watch),
+        alone=laws.alone(fresh, batches, marks, first, watch),
+    )
+
+
+def batches_of(subject: Subject, case: Case) -> Batches:
+    """Return the batches of `case` in the dtype of the run, after making sure they are usable.
+
+    Raises:
+        ValueError: there are none, one is empty, its parts do not go together, or not finite.
+    """
+    made = case.tensors() if subject.batches is None else subject.batches(case)
+    batches = [tuple(batch) for batch in made]
+    if not batches:
+        raise ValueError("batches must hold at least one batch, got none")
+    return [_usable(i, batch) for i, batch in enumerate(batches)]
+
+
+def _usable(index: int, batch: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    name = f"batches[{index}]"
+    if len(batch) != 2 or not all(isinstance(part, torch.Tensor) for part in batch):
+        raise ValueError(f"{name} must be a pair of tensors (inputs, targets), got {len(batch)} parts")
+    x, y = batch
+    if x.dim() < 2 or y.dim() < 2 or x.shape[:2] != y.shape[:2]:
+        raise ValueError(
+            f"{name} must have inputs (B, T, ...) and targets (B, T, ...) of the same B and T, "
+            f"got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    if not x.numel() or not y.numel():
+        raise ValueError(f"{name} must not be empty, got inputs {tuple(x.shape)}")
+    for part, tensor in (("inputs", x), ("targets", y)):
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} must be finite, got NaN or infinity among its {part}")
+    floating = torch.get_default_dtype()
+    return tuple(t.to(floating) if t.is_floating_point() else t for t in (x, y))  # type: ignore[return-value]
+
+
+def _refuse_unseen(subject: Subject, watch: Watch, halt: Halt | None) -> None:
+    """Refuse a run in which there was nothing to describe, unless that it raised says it all."""
+    if watch.closed or halt:
+        return
+    kind = type(subject.module).__name__
+    if getattr(subject.module, "automatic_optimization", False):
+        raise ObservationError(
+            f"{kind} trains by automatic optimization, one update a batch: set "
+            "self.automatic_optimization = False and make one update per chunk in training_step"
+        )
+    if not watch.calls_ever:
+        raise ObservationError(
+            f"{kind}.{subject.forward} was never called while training: name the call that runs a "
+            "chunk with Subject(..., forward='...'), a method or a submodule"
+        )
+
+
+def _halt(error: BaseException | None, watch: Watch) -> Halt | None:
+    if error is None or watch.problem is not None:
+        return None
+    text = f"{type(error).__name__}: {error}".strip()
+    if isinstance(error, Hung) and not str(error):
+        text = f"nothing happened for {watch.subject.patience:g} s: the loop does not come to an end"
+    return Halt(error=text, after=watch.now(), line=_line(error))
+
+
+def _line(error: BaseException) -> str:
+    """Name the user's own line in which the error came up: neither a library's nor ours."""
+    ours = Path(tbptt_props.__file__).parent
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "site-packages" not in frame.filename and not Path(frame.filename).is_relative_to(ours)
+    ]
+    return f"{frames[-1].filename}:{frames[-1].lineno}   {frames[-1].line}" if frames else ""

@@ -1,0 +1,74 @@
+"""Which (sequence, time step) of a batch a tensor holds, told from memory or from the numbers.
+
+Shapes: B sequences, T time steps, I inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tbptt_props.trace import Span
+
+
+def locate(x: Tensor, live: Any, pristine: Tensor) -> Tensor | None:
+    """Return the place of each row of `x`, (..., 2), or None where they are not all the batch's.
+
+    `x` is (..., I), any part of `pristine` (B, T, I) in any layout that leaves the features last;
+    for tokens `x` is any part of a batch (B, T). `live` is the batch as the loop had it: a view of
+    it is found by its memory, also where its numbers are not unique or have been changed.
+    """
+    if isinstance(live, Tensor) and live.shape == pristine.shape:
+        places = _by_memory(x, live)
+        if places is not None:
+            return places
+    return _by_value(x, pristine)
+
+
+def _by_memory(x: Tensor, live: Tensor) -> Tensor | None:
+    if not live.is_contiguous() or x.dtype != live.dtype:
+        return None
+    if x.untyped_storage().data_ptr() != live.untyped_storage().data_ptr():
+        return None
+    width = live.shape[2] if live.dim() > 2 else 1
+    if live.dim() > 2 and (x.dim() < 1 or x.shape[-1] != width or x.stride(-1) != 1 < width):
+        return None
+    rows = x.dim() - 1 if live.dim() > 2 else x.dim()
+    offset = torch.tensor(x.storage_offset() - live.storage_offset())
+    for dim in range(rows):
+        steps = torch.arange(x.shape[dim]) * x.stride(dim)
+        offset = offset.unsqueeze(-1) + steps
+    return _unflattened(offset, live.shape[1], width)
+
+
+def _unflattened(offset: Tensor, steps: int, width: int) -> Tensor | None:
+    if bool((offset % width != 0).any()):
+        return None
+    row = offset // width
+    return torch.stack((row // steps, row % steps), dim=-1)
+
+
+def _by_value(x: Tensor, pristine: Tensor) -> Tensor | None:
+    """Look the rows up by their first number, which no two places share."""
+    if pristine.dim() < 3 or not pristine.is_floating_point() or x.shape[-1:] != pristine.shape[-1:]:
+        return None
+    x = x.detach().to(pristine)
+    keys, order = pristine[..., 0].flatten().sort()
+    if len(keys) > 1 and bool((keys[1:] == keys[:-1]).any()):
+        return None
+    at = torch.searchsorted(keys, x[..., 0].contiguous()).clamp(max=len(keys) - 1)
+    row = order[at]
+    places = torch.stack((row // pristine.shape[1], row % pristine.shape[1]), dim=-1)
+    if not torch.equal(pristine[places[..., 0], places[..., 1]], x):
+        return None
+    return places
+
+
+def span_of(places: Tensor | None) -> Span | None:
+    """Return the time steps from the first to behind the last of these places."""
+    if places is None or not places.numel():
+        return None
+    steps = places[..., 1]
+    return int(steps.min()), int(steps.max()) + 1

@@ -1,0 +1,305 @@
+"""What is due of a chunk, worked out from what it was given and nothing else.
+
+Trusted: the values that the subject's own forward and loss return. Not trusted: how its loop cut,
+carried, cleared and stepped, for none of that runs here; nor what its forward detaches, for the
+slope comes from values alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tbptt_props.compare import near
+from tbptt_props.process import randomness, set_randomness
+from tbptt_props.state import map_tensors, value_of
+from tbptt_props.subject import Subject, resolve
+from tbptt_props.trace import Call, Chunk, Expected, Given, Outcome, Rule, Tensors
+
+NUDGE = 1e-5  # central differences in float64: truncation error near NUDGE² = 1e-10
+
+
+def rederive(subject: Subject, chunk: Chunk) -> Expected:
+    """Run one chunk by itself on `subject`'s module, with no past to leak from and no loop.
+
+    The module's parameters, buffers and plain attributes are overwritten with what the chunk was
+    given: pass a subject that nobody trains.
+    """
+    given, outcome = chunk.given, chunk.outcome
+    if given is None or outcome is None:
+        return Expected(missing="the chunk's tensors were dropped")
+    try:
+        with _kept_randomness():
+            return _rederived(subject, given, outcome)
+    except Exception as error:  # whatever a stranger's forward raises outside its loop
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return Expected(missing=f"forward could not be repeated outside training ({reason})")
+
+
+@contextmanager
+def _kept_randomness() -> Iterator[None]:
+    before = randomness()
+    try:
+        yield
+    finally:
+        set_randomness(before)
+
+
+def _rederived(subject: Subject, given: Given, outcome: Outcome) -> Expected:
+    module = subject.module
+    _load(module, given)
+    predictions, state = _forward(subject, given)
+    trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    loss, cotangents = _loss(subject, given, predictions, outcome.loss)
+    # The gradient of the loss that the subject really had; where that one is wrong, the loss is
+    # to blame and not the gradient.
+    seen = outcome.cotangents
+    known = [g for g in seen if g is not None]
+    along = seen if len(known) == len(seen) == len(predictions) else cotangents
+    gradients = _pulled_back(predictions, along, trainable)
+    parameters, rule_missing = _updated(module, given, outcome)
+    slope, autograd_slope, unclear = None, None, ""
+    if loss is not None:
+        due = gradients if along is cotangents else _pulled_back(predictions, cotangents, trainable)
+        slope, autograd_slope, unclear = _slopes(subject, given, predictions, trainable, due)
+    return Expected(
+        loss=None if loss is None else float(loss.detach()),
+        cotangents=tuple(cotangents),
+        gradients=gradients,
+        parameters=parameters,
+        state=value_of(state),
+        slope=slope,
+        autograd_slope=autograd_slope,
+        slope_unclear=unclear,
+        rule_missing=rule_missing,
+    )
+
+
+def _load(module: nn.Module, given: Given) -> None:
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name in given.trainable)
+            parameter.copy_(given.parameters[name])
+    _load_values(module, given)
+
+
+def _load_values(module: nn.Module, given: Given) -> None:
+    """Put buffers, plain attributes and random numbers where they were when the chunk began."""
+    with torch.no_grad():
+        for name, buffer in module.named_buffers():
+            if name in given.buffers:
+                buffer.copy_(given.buffers[name])
+    parts = dict(module.named_modules())
+    for name, attributes in given.attributes.items():
+        if name in parts:
+            vars(parts[name]).update(value_of(attributes))
+    set_randomness(given.randomness)
+
+
+def _forward(subject: Subject, given: Given) -> tuple[list[Tensor], Any]:
+    """Repeat the calls of a chunk; only the first one starts from the state that was handed in."""
+    call_forward = resolve(subject.module, subject.forward)
+    predictions: list[Tensor] = []
+    state: Any = None
+    for i, call in enumerate(given.calls):
+        state = value_of(call.state) if i == 0 else state
+        prediction, state = _repeat(call_forward, call, state)
+        predictions.append(prediction)
+    return predictions, state
+
+
+def _repeat(call_forward: Any, call: Call, state: Any) -> tuple[Tensor, Any]:
+    positional, named = value_of(call.others)
+    arguments = (value_of(call.x), state) if call.handed else (value_of(call.x),)
+    prediction, after = call_forward(*arguments, *positional, **named)
+    return prediction, after
+
+
+def _loss(
+    subject: Subject, given: Given, predictions: Sequence[Tensor], found: float
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Return the chunk's loss, and its gradient by each prediction; None where it isn't known."""
+    if given.target is None:
+        return None, [None] * len(predictions)
+    loss = _as_trained(subject, given.target, predictions, found)
+    grads = torch.autograd.grad(loss, list(predictions), retain_graph=True, allow_unused=True)
+    return loss, list(grads)
+
+
+def _as_trained(
+    subject: Subject, target: Tensor, predictions: Sequence[Tensor], found: float
+) -> Tensor:
+    """Compute the loss over the chunk; called once a time step, over each step as well.
+
+    A loop over time steps may average or sum its losses: both are the chunk's own.
+    """
+    if len(predictions) == 1:
+        return subject.loss(predictions[0], target)
+    if all(p.dim() == 2 for p in predictions):
+        pieces = list(target.unbind(1))
+        whole = torch.stack(list(predictions), dim=1)
+    else:
+        lengths = [p.shape[1] for p in predictions]
+        pieces = list(target.split(lengths, dim=1))
+        whole = torch.cat(list(predictions), dim=1)
+    losses = [subject.loss(p, y) for p, y in zip(predictions, pieces, strict=True)]
+    total = torch.stack(losses).sum()
+    for candidate in (subject.loss(whole, target), total / len(losses), total):
+        if near(float(candidate.detach()), found):
+            return candidate
+    return subject.loss(whole, target)
+
+
+def _pulled_back(
+    predictions: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None],
+    trainable: Mapping[str, nn.Parameter],
+) -> dict[str, Tensor]:
+    """Carry the loss's gradient by the predictions back to the parameters, by autograd."""
+    pairs = [(p, g) for p, g in zip(predictions, cotangents, strict=True) if g is not None]
+    if not pairs or not trainable:
+        return {}
+    outputs, along = zip(*pairs, strict=True)
+    grads = torch.autograd.grad(
+        outputs, list(trainable.values()), along, retain_graph=True, allow_unused=True
+    )
+    return {n: g for n, g in zip(trainable, grads, strict=True) if g is not None}
+
+
+# The slope of the loss, from values alone ---------------------------------------------------
+
+
+def _slopes(
+    subject: Subject,
+    given: Given,
+    predictions: Sequence[Tensor],
+    trainable: Mapping[str, nn.Parameter],
+    gradients: Tensors,
+) -> tuple[float | None, float | None, str]:
+    """Difference the loss along one direction, and take autograd's word for the same."""
+    custom = _custom_function(predictions)
+    if custom:
+        return None, None, f"{custom} defines a gradient of its own, which need not be the slope"
+    if any(p.dtype != torch.float64 for p in trainable.values()):
+        return None, None, "values in less than float64 are too coarse to difference"
+    direction = _direction(trainable)
+    told = sum(float((gradients[n] * v).sum()) for n, v in direction.items() if n in gradients)
+    wide = _differenced(subject, given, trainable, direction, NUDGE)
+    if _agree(wide, told):
+        return wide, told, ""
+    # A kink within the nudge (relu, clamp) shows as two nudges that disagree with each other.
+    narrow = _differenced(subject, given, trainable, direction, NUDGE / 4)
+    if not _agree(wide, narrow):
+        return None, None, "the loss has a kink close by"
+    return wide, told, ""
+
+
+def _agree(one: float, other: float) -> bool:
+    # Rounding leaves about 1e-16 / NUDGE = 1e-11 of a loss near 1.
+    return abs(one - other) <= 1e-8 + 1e-6 * max(abs(one), abs(other))
+
+
+def _direction(trainable: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
+        for name, p in trainable.items()
+    }
+
+
+@torch.no_grad()
+def _differenced(
+    subject: Subject,
+    given: Given,
+    trainable: Mapping[str, nn.Parameter],
+    direction: Tensors,
+    nudge: float,
+) -> float:
+    losses = []
+    for sign in (1, -1):
+        for name, parameter in trainable.items():
+            parameter.copy_(given.parameters[name] + sign * nudge * direction[name])
+        _load_values(subject.module, given)
+        predictions, _ = _forward(subject, given)
+        assert given.target is not None
+        whole = _as_trained(subject, given.target, predictions, float("nan"))
+        losses.append(float(whole))
+    for name, parameter in trainable.items():
+        parameter.copy_(given.parameters[name])
+    return (losses[0] - losses[1]) / (2 * nudge)
+
+
+def _custom_function(predictions: Sequence[Tensor]) -> str:
+    """Name a custom autograd function among the nodes behind the predictions, if there is one."""
+    waiting = [p.grad_fn for p in predictions if p.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return type(node).__name__
+        for behind, _ in node.next_functions:
+            if behind is not None and behind not in seen:
+                seen.add(behind)
+                waiting.append(behind)
+    return ""
+
+
+# The update, by the optimizer's own rule ----------------------------------------------------
+
+
+def _updated(module: nn.Module, given: Given, outcome: Outcome) -> tuple[dict[str, Tensor], str]:
+    """Repeat the updates on copies: the same optimizer, settings, memory and gradients."""
+    if not outcome.rules:
+        return {}, ""
+    copies = {name: nn.Parameter(value.clone()) for name, value in given.parameters.items()}
+    try:
+        for rule in outcome.rules:
+            apply_rule(rule, copies)
+    except Exception as error:  # whatever a stranger's optimizer raises out of its place
+        return {}, f"{type(rule.optimizer).__name__} could not be repeated ({error})"
+    return {name: p.detach() for name, p in copies.items()}, ""
+
+
+def apply_rule(
+    rule: Rule, copies: Mapping[str, nn.Parameter], gradients: Tensors | None = None
+) -> Optimizer:
+    """Make one update of `copies` by `rule`, in place; return the optimizer that made it."""
+    handed = rule.handed if gradients is None else gradients
+    groups = []
+    memory: dict[Any, Any] = {}
+    for group in rule.groups:
+        members = [copies[name] for name in group["params"] if name]
+        for name in filter(None, group["params"]):
+            grad = handed.get(name)
+            copies[name].grad = None if grad is None else grad.clone()
+            if rule.memory.get(name):
+                memory[copies[name]] = map_tensors(Tensor.clone, dict(rule.memory[name]))
+        groups.append({**copy.copy(dict(group)), "params": members})
+    optimizer = object.__new__(type(rule.optimizer))
+    optimizer.__dict__.update(_own_attributes(rule.optimizer))
+    optimizer.__setstate__(
+        {"defaults": rule.optimizer.defaults, "state": _defaulting(memory), "param_groups": groups}
+    )
+    optimizer.step()
+    return optimizer  # type: ignore[no-any-return]
+
+
+def _own_attributes(optimizer: Optimizer) -> dict[str, Any]:
+    """Return what an optimizer keeps besides torch's own, which `__setstate__` makes anew."""
+    return {
+        key: value
+        for key, value in vars(optimizer).items()
+        if not key.startswith("_") and key not in ("defaults", "state", "param_groups", "step")
+    }
+
+
+def _defaulting(memory: dict[Any, Any]) -> Any:
+    from collections import defaultdict
+
+    return defaultdict(dict, memory)

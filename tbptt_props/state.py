@@ -1,0 +1,88 @@
+"""A state as the kit sees it: any nesting of tensors, read and rebuilt without knowing its type."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def leaves(tree: Any, path: str = "state") -> dict[str, Tensor]:
+    """Return the tensors in `tree` by path, `state[0]`, `state.cell` or `state['c']`, in order."""
+    found: dict[str, Tensor] = {}
+    _collect(tree, path, found, set())
+    return found
+
+
+def map_tensors(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Return a copy of `tree` with `change` applied to every tensor; `tree` itself stays as it is."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, Mapping):
+        return _rebuilt_mapping(change, tree)
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):  # a named tuple
+        return type(tree)(*(map_tensors(change, item) for item in tree))
+    if isinstance(tree, (list, tuple, set)):
+        return type(tree)(map_tensors(change, item) for item in tree)
+    if not leaves(tree):
+        return tree
+    rebuilt = copy.copy(tree)
+    for name, item in _attributes(tree):
+        # A frozen dataclass refuses plain assignment.
+        object.__setattr__(rebuilt, name, map_tensors(change, item))
+    return rebuilt
+
+
+def value_of(tree: Any) -> Any:
+    """Return a copy of `tree` that shares no memory and no graph with it."""
+    return map_tensors(_value_of_tensor, tree)
+
+
+def _value_of_tensor(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
+def same_layout(tensor: Tensor) -> Tensor:
+    """Return a copy of `tensor` with its very strides and offset, for bitwise comparisons."""
+    storage = tensor.detach().untyped_storage().clone()
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
+        storage, tensor.storage_offset(), tensor.shape, tensor.stride()
+    )
+
+
+def _rebuilt_mapping(change: Callable[[Tensor], Tensor], tree: Mapping[Any, Any]) -> Any:
+    rebuilt = copy.copy(tree)
+    if isinstance(rebuilt, dict):
+        for key, item in tree.items():
+            rebuilt[key] = map_tensors(change, item)
+        return rebuilt
+    return {key: map_tensors(change, item) for key, item in tree.items()}
+
+
+def _collect(tree: Any, path: str, found: dict[str, Tensor], seen: set[int]) -> None:
+    if isinstance(tree, Tensor):
+        found[path] = tree
+        return
+    if id(tree) in seen or isinstance(tree, (type, torch.nn.Module)):
+        return
+    seen.add(id(tree))
+    if isinstance(tree, Mapping):
+        children = [(f"{path}[{key!r}]", item) for key, item in tree.items()]
+    elif isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        children = [(f"{path}.{name}", getattr(tree, name)) for name in tree._fields]
+    elif isinstance(tree, (list, tuple)):
+        children = [(f"{path}[{i}]", item) for i, item in enumerate(tree)]
+    else:
+        children = [(f"{path}.{name}", item) for name, item in _attributes(tree)]
+    for where, item in children:
+        _collect(item, where, found, seen)
+
+
+def _attributes(tree: Any) -> list[tuple[str, Any]]:
+    if is_dataclass(tree) and not isinstance(tree, type):
+        return [(field.name, getattr(tree, field.name)) for field in fields(tree)]
+    return list(getattr(tree, "__dict__", {}).items())

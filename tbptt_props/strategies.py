@@ -1,0 +1,146 @@
+"""Hypothesis strategies: sizes are drawn so that there is a boundary to see, and edges come up.
+
+Shapes: B sequences, T time steps, K time steps in a chunk, I inputs, H hidden units, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from hypothesis import strategies as st
+
+from tbptt_props.case import Case, require_size
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# What a case can be about: which T belong to a K. Nearly all kinds have two chunks or more; with
+# one there is no boundary, and T and K drawn from one range leave just one in half of all examples.
+KINDS: dict[str, Callable[[int, int], bool]] = {
+    "two chunks or more": lambda k, t: t > k,
+    "chunks of one time step": lambda k, t: t > k == 1,
+    "one time step more than a chunk": lambda k, t: t == k + 1 > 2,
+    "no tail": lambda k, t: t > k > 1 and t % k == 0,
+    "as many chunks as time steps in one": lambda k, t: t == k * k > 1,
+    "five chunks or more": lambda k, t: t > 4 * k,
+    "one chunk": lambda k, t: t <= k,
+}
+MOST_CHUNK, MOST_STEPS = 6, 24  # at K = 6 still four chunks; at K = 4 still T = K²
+
+
+def cases(**fixed: int) -> st.SearchStrategy[Case]:
+    """Draw cases; a size that a subject can't vary is given by name, as in `cases(chunk=35)`.
+
+    B, T and K differ unless the case is about two of them being equal, or B = 1. A size given by
+    name is the same in every batch of the case.
+
+    Raises:
+        ValueError: no size has such a name (the message lists them), or its value is impossible.
+    """
+    for name, value in fixed.items():
+        require_size(name, value)
+    return _cases(tuple(sorted(fixed.items())))
+
+
+def chunk_lengths(*, steps: int | None = None) -> st.SearchStrategy[int]:
+    """Draw K, for sequences of T = `steps` if it is given: mostly so that there is a boundary.
+
+    Raises:
+        ValueError: `steps` is below 1.
+    """
+    return _lengths(steps=steps).map(lambda pair: pair[1])
+
+
+def sequence_lengths(*, chunk: int | None = None) -> st.SearchStrategy[int]:
+    """Draw T, for chunks of K = `chunk` if it is given: mostly so that there is a boundary.
+
+    Raises:
+        ValueError: `chunk` is below 1.
+    """
+    return _lengths(chunk=chunk).map(lambda pair: pair[0])
+
+
+def states(like: Any) -> st.SearchStrategy[Any]:
+    """Draw states of the structure of `like`: each tensor in it replaced, all else as it is.
+
+    Values are zero, or standard normal at one of three scales, the largest of which saturates tanh.
+    """
+    from tbptt_props.state import leaves, map_tensors
+
+    if not leaves(like):
+        raise ValueError(f"like must hold at least one tensor, got like={like!r}")
+
+    def grow(scale: float, seed: int) -> Any:
+        import torch
+
+        generator = torch.Generator().manual_seed(seed)
+
+        def drawn(tensor: Tensor) -> Tensor:
+            values = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            return (scale * values).to(tensor)
+
+        return map_tensors(drawn, like)
+
+    return st.builds(grow, st.sampled_from([0.0, 1.0, 0.01, 10.0]), st.integers(0, 2**16 - 1))
+
+
+def batches(case: Case) -> st.SearchStrategy[list[tuple[Tensor, Tensor]]]:
+    """Draw the batches of `case` with numbers of other seeds: inputs (B, T, I), targets (B, T, O).
+
+    The sizes stay those of the case: only seeds are drawn that vary its batches alike.
+    """
+    from dataclasses import replace
+
+    seeds = st.integers(0, 2**12 - 1).map(lambda n: 4 * n + case.seed % 4)
+    return seeds.map(lambda seed: replace(case, seed=seed).tensors())
+
+
+@lru_cache(maxsize=256)
+def _pairs(kind: str, chunk: int | None, steps: int | None) -> tuple[tuple[int, int], ...]:
+    """List the (T, K) of a kind, the smallest first, so that shrinking ends there."""
+    # A length that is given may be large; the other one then has to follow it.
+    chunks = [chunk] if chunk else range(1, (steps or MOST_CHUNK) + 2)
+    most = max(MOST_STEPS, 5 * (chunk or 0) + (chunk or 0) // 2)
+    lengths = [steps] if steps else range(1, most + 1)
+    return tuple(sorted((t, k) for k in chunks for t in lengths if KINDS[kind](k, t)))
+
+
+def _lengths(*, chunk: int | None = None, steps: int | None = None) -> st.SearchStrategy[tuple[int, int]]:
+    """Draw (T, K): first what the case is to be about, then one of its pairs."""
+    for name, value in (("chunk", chunk), ("steps", steps)):
+        if value is not None:
+            require_size(name, value)
+    kinds = (_pairs(kind, chunk, steps) for kind in KINDS)
+    return st.one_of([st.sampled_from(pairs) for pairs in kinds if pairs])
+
+
+@st.composite
+def _cases(draw: st.DrawFn, fixed: tuple[tuple[str, int], ...]) -> Case:
+    given = dict(fixed)
+    steps, chunk = draw(_lengths(chunk=given.get("chunk"), steps=given.get("steps")))
+    width = st.integers(1, 4)
+    strategies = {
+        "batch": _batch_sizes(steps, chunk),
+        "inputs": width,
+        "hidden": width,
+        "outputs": width,
+        "batches": st.sampled_from([1, 1, 2, 3]),
+        "seed": _seeds(vary_batch="batch" not in given, vary_steps="steps" not in given),
+    }
+    drawn = {n: given[n] if n in given else draw(sizes) for n, sizes in strategies.items()}
+    return Case(steps=steps, chunk=chunk, **drawn)
+
+
+def _batch_sizes(steps: int, chunk: int) -> st.SearchStrategy[int]:
+    """Draw B: one sequence, or unlike T and K; once in a while equal to one of them on purpose."""
+    unlike = st.sampled_from([b for b in range(2, 6) if b not in (steps, chunk)])
+    alike = st.sampled_from([chunk, min(steps, MOST_CHUNK)])
+    return st.one_of(st.just(1), unlike, unlike, unlike, alike)
+
+
+def _seeds(*, vary_batch: bool, vary_steps: bool) -> st.SearchStrategy[int]:
+    """Draw seeds under which no size varies from batch to batch that was given by name."""
+    low = [bits for bits in range(4) if (vary_batch or not bits & 1) and (vary_steps or bits < 2)]
+    return st.builds(lambda high, bits: 4 * high + bits, st.integers(0, 1023), st.sampled_from(low))

@@ -1,0 +1,139 @@
+"""What is judged, and what its author promises: nothing that could be seen from outside."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from tbptt_props.case import Case
+
+Batches = Sequence[tuple[Tensor, Tensor]]
+
+
+class ObservationError(RuntimeError):
+    """The kit cannot describe this subject; the message says what it needs."""
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What the user promises about the loop, where the textbook's default is not it.
+
+    Args:
+        chunk: K, the time steps of each chunk; by default the case's own.
+        tail: whether the last, shorter chunk of a sequence is trained on ("keep") or left out
+            ("drop"). Changes what `chunks_tile_the_sequence` expects.
+
+    Raises:
+        ValueError: `chunk` is below 1, or `tail` is neither word.
+    """
+
+    chunk: int | None = None
+    tail: Literal["keep", "drop"] = "keep"
+
+    def __post_init__(self) -> None:
+        """Refuse promises nobody can keep."""
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"chunk must be at least 1 time step, got chunk={self.chunk}")
+        if self.tail not in ("keep", "drop"):
+            raise ValueError(f"tail must be 'keep' or 'drop', got tail={self.tail!r}")
+
+    def plan(self, case: Case, steps: int) -> tuple[tuple[int, int], ...]:
+        """Return (start, stop) of each chunk due for a sequence of T = `steps` time steps."""
+        chunk = self.chunk or case.chunk
+        starts = range(0, steps, chunk)
+        spans = tuple((t, min(t + chunk, steps)) for t in starts)
+        whole = tuple((start, stop) for start, stop in spans if stop - start == chunk)
+        return spans if self.tail == "keep" else whole
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A module and how it is trained.
+
+    Args:
+        module: a LightningModule with manual optimization, as its author wrote it.
+        loss: `loss(prediction, target)`, a scalar: the chunk's loss as the module trains on it.
+        forward: the call that runs a chunk, `(x, state) -> (prediction, state)`, by the name of a
+            method or a submodule. Inputs (B, K, I), predictions (B, K, O), or any other layout
+            that leaves the features last.
+        contract: what the loop promises.
+        batches: makes the batches of a case, a list of (inputs, targets) with sequences first and
+            time second; by default `case.tensors()`.
+        train: `train(module, batches)` trains a module that is no LightningModule.
+        patience: seconds without any event after which training counts as hung.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: `forward` names nothing that the module has, or `patience` is not positive.
+    """
+
+    module: nn.Module
+    loss: Callable[[Tensor, Tensor], Tensor] = field(kw_only=True)
+    forward: str = field(default="forward", kw_only=True)
+    contract: Contract = field(default_factory=Contract, kw_only=True)
+    batches: Callable[[Case], Batches] | None = field(default=None, kw_only=True)
+    train: Callable[[Any, Batches], object] | None = field(default=None, kw_only=True)
+    patience: float = field(default=60.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be observed at all."""
+        if not isinstance(self.module, nn.Module):
+            raise TypeError(f"module must be a torch module, got module={_short(self.module)}")
+        if not callable(self.loss):
+            raise TypeError(f"loss must be callable, got loss={_short(self.loss)}")
+        if not isinstance(self.contract, Contract):
+            raise TypeError(f"contract must be a Contract, got contract={_short(self.contract)}")
+        if self.patience <= 0:
+            raise ValueError(f"patience must be positive, got patience={self.patience}")
+        if not callable(resolve(self.module, self.forward)):
+            raise ValueError(
+                f"forward must name a method or submodule of {type(self.module).__name__}, "
+                f"got forward={self.forward!r}"
+            )
+
+    def copied(self) -> Subject:
+        """Return this subject around a copy of its module, which shares nothing with it.
+
+        Raises:
+            ObservationError: the module cannot be copied.
+        """
+        # A tensor that is no leaf (old-style weight_norm leaves one) cannot be copied with its
+        # graph; its value is enough, for whatever made it makes it again in the next forward.
+        memo: dict[int, Any] = {
+            id(item): item.detach().clone()
+            for part in self.module.modules()
+            for item in vars(part).values()
+            if isinstance(item, Tensor) and not item.is_leaf
+        }
+        try:
+            module = copy.deepcopy(self.module, memo)
+        except Exception as error:
+            raise ObservationError(
+                f"{type(self.module).__name__} cannot be copied ({type(error).__name__}: {error}); "
+                "judge it with verify(build), whose build makes a fresh module each time"
+            ) from error
+        return replace(self, module=module, loss=self._loss_of(module))
+
+    def _loss_of(self, module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return the loss, bound to the copy where it was a method of the original."""
+        if inspect.ismethod(self.loss) and self.loss.__self__ is self.module:
+            return self.loss.__func__.__get__(module)  # type: ignore[no-any-return]
+        return copy.deepcopy(self.loss) if isinstance(self.loss, nn.Module) else self.loss
+
+
+def resolve(module: nn.Module, name: str) -> Any:
+    """Return what a dotted name means on `module`, or None where it means nothing."""
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

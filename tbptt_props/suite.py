@@ -1,0 +1,99 @@
+"""`conformance()`: one pytest item per property, all of them judging the same cases once."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import random
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from tbptt_props.case import Case
+from tbptt_props.judge import Bench, BrokenProperty, Property
+from tbptt_props.properties import PROPERTIES
+from tbptt_props.report import failure_text
+from tbptt_props.strategies import cases
+from tbptt_props.subject import Subject
+
+
+def conformance(
+    *, max_examples: int | None = None, **fixed: int
+) -> Callable[[Callable[..., Subject]], Callable[..., None]]:
+    """Turn `def test_x(case): return Subject(...)` into one pytest item per property.
+
+    Each item is an ordinary Hypothesis test, `test_x[graph_crosses_no_boundary]` and so on. They
+    draw the same cases, on each of which the subject is trained once.
+
+    Args:
+        max_examples: how many cases to try; by default what Hypothesis' settings say.
+        fixed: sizes of a case that the subject can't vary, by name: `conformance(chunk=35)`.
+
+    Raises:
+        TypeError: what is decorated takes no argument named `case`.
+        ValueError: a size has no such name or value, or `max_examples` is below 1.
+    """
+    if max_examples is not None and max_examples < 1:
+        raise ValueError(f"max_examples must be at least 1, got max_examples={max_examples}")
+    strategy = cases(**fixed)
+
+    def decorate(build: Callable[..., Subject]) -> Callable[..., None]:
+        if "case" not in inspect.signature(build).parameters:
+            name = getattr(build, "__name__", repr(build))
+            raise TypeError(f"{name} must take an argument named case, the Case to build for")
+        test = _test_of(build)
+        test = given(case=strategy)(test)
+        test = _settled(max_examples)(test)
+        test = _seeded()(test)
+        by_name = {p.__name__: p for p in PROPERTIES}
+        return pytest.mark.parametrize("judged", by_name.values(), ids=by_name)(test)
+
+    return decorate
+
+
+def _test_of(build: Callable[..., Subject]) -> Callable[..., None]:
+    """Make the body of the test: judge a case, and raise if the item's property is broken."""
+    bench: dict[tuple[Any, ...], Bench] = {}
+
+    @functools.wraps(build)
+    def test(case: Case, judged: Property, **fixtures: Any) -> None:
+        key = tuple(sorted((name, id(value)) for name, value in fixtures.items()))
+        if key not in bench:
+            bench.clear()
+            bench[key] = Bench(functools.wraps(build)(lambda case: build(case=case, **fixtures)))
+        report = bench[key].judge(case)
+        verdict = report[judged.__name__]
+        hypothesis.event(verdict.status)
+        if verdict.violations:
+            raise BrokenProperty("\n" + failure_text(report, verdict))
+
+    test.__signature__ = _with_property(build)  # type: ignore[attr-defined]
+    return test
+
+
+def _with_property(build: Callable[..., Subject]) -> inspect.Signature:
+    signature = inspect.signature(build)
+    extra = inspect.Parameter("judged", inspect.Parameter.KEYWORD_ONLY)
+    return signature.replace(
+        parameters=[*signature.parameters.values(), extra], return_annotation=None
+    )
+
+
+def _settled(max_examples: int | None) -> Any:
+    # The first case of all trains nothing but imports half of Lightning.
+    chosen: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+    if max_examples is not None:
+        chosen["max_examples"] = max_examples
+    return settings(**chosen)
+
+
+def _seeded() -> Any:
+    """Give all items one seed, so that they draw the same cases, unless there is a global one."""
+    from hypothesis import core
+
+    if getattr(core, "global_force_seed", None) is not None:
+        return lambda test: test
+    return hypothesis.seed(random.SystemRandom().getrandbits(64))

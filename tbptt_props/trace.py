@@ -1,0 +1,232 @@
+"""The nouns: what a subject was seen to do on a case, and what was due. Nothing here runs anything.
+
+Shapes: B sequences, T time steps, K time steps in a chunk, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+Tensors = Mapping[str, Tensor]
+Place = tuple[int, int]  # (sequence, time step) within a batch
+Span = tuple[int, int]  # time steps from the first up to, not including, the second
+Kind = Literal["forward", "backward", "update"]
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One way in which a property is broken: where, what was found there, and what was due."""
+
+    where: str
+    found: str
+    due: str
+
+    def __str__(self) -> str:
+        """Say it in the one grammar all messages share."""
+        return f"{self.where}: {self.found}, but should be {self.due}"
+
+
+@dataclass(frozen=True)
+class NotJudged:
+    """Why a property could not be judged, and what would be needed for it."""
+
+    missing: str
+
+
+Finding = Violation | NotJudged
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The entry in which two tensors of one name differ most."""
+
+    name: str
+    index: tuple[int, ...]
+    found: float
+    due: float
+
+    def __str__(self) -> str:
+        """Name the entry and both of its values."""
+        return f"{self.entry} = {self.found:.6g} (was {self.due:.6g})"
+
+    @property
+    def entry(self) -> str:
+        """The tensor's name and the index of the entry in it."""
+        return f"{self.name}{list(self.index)}" if self.index else self.name
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the chunk's forward: what it was handed and what it returned, as values."""
+
+    x: Any  # inputs, (B, K, I) or any other layout with the features last
+    state: Any  # as it was handed in; None where there was none
+    others: tuple[tuple[Any, ...], Mapping[str, Any]]  # arguments behind the state
+    prediction: Tensor
+    state_after: Any
+    attached: bool = False  # the incoming state carries a graph
+    handed: bool = True  # a state was handed over at all, be it None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An optimizer as an update met it: its kind, its settings, and what it remembered."""
+
+    optimizer: Any  # the live optimizer: only its class and its defaults are used
+    groups: tuple[Mapping[str, Any], ...]  # settings of each group, its parameters by name
+    memory: Mapping[str, Mapping[str, Any]]  # by parameter, as the update before left it
+    handed: Tensors  # the gradients it met
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a chunk started from: all that its outcome may depend on."""
+
+    calls: tuple[Call, ...]  # their inputs and incoming states
+    parameters: Tensors
+    buffers: Tensors
+    trainable: frozenset[str]
+    attributes: Mapping[str, Mapping[str, Any]]  # plain attributes, by submodule
+    randomness: Any  # the random-number generators' state
+    target: Tensor | None  # what the loss is due to compare with; None where not known
+
+
+@dataclass(frozen=True)
+class Leak:
+    """A path from a chunk's loss into the graph of an earlier one."""
+
+    through: str  # the leaf of the state, or how else
+    into: str  # the older time steps
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a chunk."""
+
+    loss: float
+    cotangents: tuple[Tensor | None, ...]  # the loss's gradient by each call's prediction
+    gradients: Tensors  # right after backward
+    parameters: Tensors  # after the update
+    rules: tuple[Rule, ...] = ()  # one an update
+    events: tuple[Kind, ...] = ("forward", "backward", "update")
+    dirty: tuple[str, ...] = ()  # parameters whose gradient was not clear before backward
+    moved: tuple[tuple[str, Difference], ...] = ()  # between which events, and which entry
+    leaks: tuple[Leak, ...] = ()
+    states: tuple[Any, ...] = ()  # outgoing; several where a closure was evaluated again
+    backward_through_lightning: bool | None = None  # None: not trained by Lightning
+    updates_through_lightning: int | None = None
+    complete: bool = True  # backward came to its end
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Time steps trained on together, as they ran."""
+
+    batch: int
+    span: Span | None  # None where the inputs are not the batch's own
+    inputs: tuple[Place, ...] = ()  # every (sequence, time step) that was fed
+    targets: tuple[Place, ...] | None = None  # every one the loss looked at; None: not known
+    given: Given | None = None  # dropped, with the outcome, once the chunk has been judged
+    outcome: Outcome | None = None
+    starts_batch: bool = False
+    evaluations: int = 1  # how often a closure ran it
+
+    def __str__(self) -> str:
+        """Say which chunk this is, in a person's words."""
+        batch = f"batch {self.batch}, " if self.batch else ""
+        return f"{batch}time steps {spanned(self.span)}"
+
+    def light(self) -> Chunk:
+        """Return the chunk with no more than the next one is held against: its states."""
+        if self.outcome is None:
+            return self
+        outcome = replace(
+            self.outcome, cotangents=(), gradients={}, parameters={}, rules=(), moved=()
+        )
+        return replace(self, given=None, outcome=outcome)
+
+    def slim(self) -> Chunk:
+        """Return the chunk without its tensors, which are many parameters long."""
+        return replace(self, given=None, outcome=None)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What was due of a chunk, rederived from what it was given and nothing else."""
+
+    loss: float | None = None
+    cotangents: tuple[Tensor | None, ...] = ()
+    gradients: Tensors = field(default_factory=dict)  # of the loss the subject really had
+    parameters: Tensors = field(default_factory=dict)
+    state: Any = None  # after the last call
+    slope: float | None = None  # of the loss along a fixed direction, from values alone
+    autograd_slope: float | None = None  # the same from the rederived gradients
+    slope_unclear: str = ""  # why the slope from values can't be relied upon
+    missing: str = ""  # why nothing could be rederived
+    rule_missing: str = ""  # why the update could not be repeated
+
+
+@dataclass(frozen=True)
+class Link:
+    """A chunk, what was due of it, and the chunk before it."""
+
+    before: Chunk | None
+    chunk: Chunk
+    expected: Expected
+
+
+@dataclass(frozen=True)
+class Halt:
+    """Training raised: why, and where."""
+
+    error: str
+    after: str
+    line: str = ""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What a run leaves: all of it bitwise comparable."""
+
+    parameters: Tensors
+    buffers: Tensors
+    memory: Tensors
+    state: Tensors
+
+
+@dataclass(frozen=True)
+class Rerun:
+    """One run held against another that is due to end alike."""
+
+    where: str
+    first: Ending | None = None
+    second: Ending | None = None
+    problem: str = ""  # the second run did not get that far
+    missing: str = ""  # why there is nothing to compare
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a subject was seen to do on a case: its chunks in the order they ran."""
+
+    sizes: tuple[tuple[int, int], ...]  # (B, T) of each batch
+    plan: tuple[tuple[Span, ...], ...]  # the chunks due, batch by batch
+    chunks: tuple[Chunk, ...] = ()
+    halt: Halt | None = None
+    outlived: tuple[str, ...] = ()  # chunks whose graph was alive when it was due to be gone
+    watched: int = 0  # how many chunks' graphs were looked after
+    changed: tuple[tuple[int, Difference], ...] = ()  # entries of the caller's batches
+    one_chunk: Rerun = Rerun("", missing="it was not run")
+    resumed: Rerun = Rerun("", missing="it was not run")
+    alone: Rerun = Rerun("", missing="it was not run")
+
+
+def spanned(span: Span | None) -> str:
+    """Write time steps as `3-5`."""
+    if span is None:
+        return "(not the batch's own)"
+    return f"{span[0]}-{span[1] - 1}"

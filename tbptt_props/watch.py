@@ -1,0 +1,842 @@
+"""Watches a module being trained, from outside: what its loop calls, in what order, on what.
+
+Knows torch, but neither Lightning nor any property. Nothing of the subject is edited: its forward
+is wrapped on the instance, autograd's two entry points and the optimizers' hooks on the process,
+and everything comes off again.
+
+Shapes: B sequences, T time steps, K time steps in a chunk, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import inspect
+import threading
+import weakref
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from tbptt_props.compare import difference, same
+from tbptt_props.places import locate, span_of
+from tbptt_props.process import Hung, Watchdog, randomness
+from tbptt_props.state import leaves, value_of
+from tbptt_props.subject import ObservationError, Subject, resolve
+from tbptt_props.trace import (
+    Call,
+    Chunk,
+    Difference,
+    Given,
+    Kind,
+    Leak,
+    Outcome,
+    Place,
+    Rule,
+    Tensors,
+    spanned,
+)
+
+PARAMETER_NODE = 2**63  # torch gives the nodes of parameters a number above all others
+EMPTY_CALLS = 4  # zero-length chunks in a row after which a loop is taken not to advance
+
+
+class _Canary:
+    """Hung into a graph; dead when the graph is."""
+
+
+@dataclass
+class Training:
+    """What is trained with, as far as whoever trains knows it."""
+
+    optimizers: Sequence[Optimizer] = ()
+    schedulers: Sequence[Any] = ()
+    updates: Callable[[], int] | None = None  # as the trainer counts them
+    set_updates: Callable[[int], None] = field(default=lambda count: None)
+
+
+class Watching(Protocol):
+    """What an adapter tells of a training under way."""
+
+    def training_begun(self, training: Training) -> None:
+        """Note what is trained with."""
+
+    def batch_started(self, index: int, batch: Any) -> None:
+        """Note that training turns to batch `index`, as the loop gets it."""
+
+    def batch_ended(self, index: int) -> None:
+        """Note that the loop is done with batch `index`."""
+
+    def backward_announced(self, loss: Tensor) -> None:
+        """Note that a backward on `loss` goes through the trainer."""
+
+
+@dataclass
+class _Snapshot:
+    """All that a forward may depend on besides its arguments."""
+
+    parameters: Tensors
+    buffers: Tensors
+    trainable: frozenset[str]
+    attributes: Mapping[str, Mapping[str, Any]]
+    randomness: Any
+
+
+@dataclass
+class _LiveCall:
+    """A call of forward, and where its graph lies among all of autograd's nodes."""
+
+    call: Call
+    snapshot: _Snapshot
+    opened: int
+    closed: int
+    places: Tensor | None
+    attached: Mapping[str, int]  # incoming leaves with a graph, and its oldest node
+    canary: weakref.ref[_Canary] | None = None
+    cotangent: Tensor | None = None
+    interrupted: bool = False  # an update came after it and before its backward
+    step: object | None = None  # the optimizer step inside which it ran, if any
+
+
+@dataclass
+class _LiveChunk:
+    """A chunk from its backward on, until the next one's."""
+
+    batch: int
+    calls: list[_LiveCall]
+    events: list[Kind]
+    starts_batch: bool
+    step: object | None
+    leaks: tuple[Leak, ...] = ()
+    dirty: tuple[str, ...] = ()
+    loss: float = 0.0
+    gradients: Tensors = field(default_factory=dict)
+    parameters: Tensors = field(default_factory=dict)
+    rules: list[Rule] = field(default_factory=list)
+    updated_by: list[int] = field(default_factory=list)
+    moved: list[tuple[str, Difference]] = field(default_factory=list)
+    states: list[Any] = field(default_factory=list)
+    through_lightning: bool | None = None
+    evaluations: int = 1
+    complete: bool = False
+    followed: bool = False  # the next chunk's forward has begun
+
+
+class Watch:
+    """Writes down, chunk by chunk, what a module's training does; hands each on when it is over."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        batches: Sequence[tuple[Tensor, Tensor]],
+        hand_on: Callable[[Chunk], None],
+    ) -> None:
+        """Watch `subject` on `batches`, of which pristine copies are kept."""
+        self.subject = subject
+        self.module = subject.module
+        self.hand_on = hand_on
+        self.pristine = [(x.detach().clone(), y.detach().clone()) for x, y in batches]
+        self.names = {id(p): name for name, p in self.module.named_parameters()}
+        self.open: list[_LiveCall] = []
+        self.current: _LiveChunk | None = None
+        self.closed: list[Chunk] = []
+        self.consumed: list[tuple[int, int, str]] = []  # node numbers of chunks gone by
+        self.horizon = -1  # nodes up to here belong to chunks gone by
+        self.known: dict[str, Tensor] = {}  # the parameters when last looked at
+        self.known_when = "training began"
+        self.moves: list[tuple[str, Difference]] = []
+        self.memory: dict[int, tuple[type, Mapping[str, Any]]] = {}  # by parameter's id
+        self.early: list[tuple[Optimizer, Rule]] = []
+        self.steps: list[tuple[object, Optimizer, list[Rule]]] = []  # optimizer steps under way
+        self.graphs: list[tuple[str, list[weakref.ref[_Canary]]]] = []
+        self.outlived: list[str] = []
+        self.watched = 0
+        self.batch = -1
+        self.fresh_batch = False
+        self.changed: list[tuple[int, Difference]] = []
+        self.live_batch: tuple[Any, Any] | None = None
+        self.problem: BaseException | None = None
+        self.announced: list[int] = []
+        self.lightning_updates: Callable[[], int] | None = None
+        self.counted = 0
+        self.stray_backwards = 0
+        self.calls_seen = 0
+        self.calls_ever = 0
+        self.empty_calls = 0
+        self.last_state: Any = None
+        self.busy = False
+        self.thread = threading.get_ident()
+        self.before_call: Callable[[Watch, Tensor | None, Any], None] | None = None
+        self.before_batch: Callable[[Watch], None] | None = None
+        self.training = Training()
+        self.initial_rules: list[Rule] = []
+        self.first: Chunk | None = None  # kept with its tensors, for a run of one chunk
+        self.watchdog = Watchdog(subject.patience)
+
+    # What an adapter tells ------------------------------------------------------------------
+
+    def batch_started(self, index: int, batch: Any) -> None:
+        """Note that training turns to batch `index`, as the loop gets it."""
+        self.watchdog.fed()
+        self._drop_open_calls()
+        self.batch = index
+        self.fresh_batch = True
+        self.live_batch = _pair(batch)
+        self.calls_seen = 0
+        if self.before_batch:
+            self.before_batch(self)
+
+    def batch_ended(self, index: int) -> None:
+        """Note that the loop is done with batch `index`."""
+        self._note_moves(f"the end of batch {index}")
+        self._drop_open_calls()
+        self._close_current()
+        self._note_graphs(allowed=1)
+        self._note_changes(index)
+
+    def backward_announced(self, loss: Tensor) -> None:
+        """Note that Lightning is about to run backward on `loss`."""
+        self.announced.append(id(loss))
+
+    def finished(self) -> None:
+        """Note that training is over, in whatever way."""
+        self._drop_open_calls()
+        self._close_current()
+
+    def training_begun(self, training: Training) -> None:
+        """Note what is trained with, and the rules by which its optimizers update."""
+        self.training = training
+        self.lightning_updates = training.updates
+        self.counted = training.updates() if training.updates else 0
+        self._note_moves("training began")
+        self.initial_rules = [self._rule(optimizer) for optimizer in training.optimizers]
+
+    def now(self) -> str:
+        """Say how far training has got."""
+        chunk = self.current
+        if chunk is not None:
+            return f"{_named(chunk)}, {'after' if chunk.complete else 'in'} its backward"
+        if self.open:
+            return f"batch {self.batch}, after a forward"
+        return f"batch {self.batch}" if self.batch >= 0 else "the start"
+
+    # What is wrapped ------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def on(self) -> Iterator[None]:
+        """Watch within the block."""
+        with contextlib.ExitStack() as undo:
+            undo.enter_context(self.watchdog)
+            undo.enter_context(self._wrapped_forward())
+            undo.enter_context(self._wrapped_autograd("backward"))
+            undo.enter_context(self._wrapped_autograd("grad"))
+            undo.callback(register_optimizer_step_pre_hook(self._before_step).remove)
+            undo.callback(register_optimizer_step_post_hook(self._after_step).remove)
+            yield
+
+    def _elsewhere(self) -> bool:
+        return self.busy or threading.get_ident() != self.thread
+
+    @contextlib.contextmanager
+    def _wrapped_forward(self) -> Iterator[None]:
+        owner, name = owner_of(self.module, self.subject.forward)
+        original = getattr(owner, name)
+        own = name in vars(owner)
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._elsewhere() or not torch.is_grad_enabled() or not self.module.training:
+                return original(*args, **kwargs)
+            return self._forward(original, args, kwargs)
+
+        object.__setattr__(owner, name, forward)
+        try:
+            yield
+        finally:
+            if own:
+                object.__setattr__(owner, name, original)
+            else:
+                vars(owner).pop(name, None)
+
+    @contextlib.contextmanager
+    def _wrapped_autograd(self, name: str) -> Iterator[None]:
+        original = getattr(torch.autograd, name)
+
+        @functools.wraps(original)
+        def entry(*args: Any, **kwargs: Any) -> Any:
+            roots = args[0] if args else kwargs.get("tensors", kwargs.get("outputs"))
+            roots = [roots] if isinstance(roots, Tensor) else list(roots or ())
+            if self._elsewhere() or not roots:
+                return original(*args, **kwargs)
+            return self._backward(functools.partial(original, *args, **kwargs), roots)
+
+        setattr(torch.autograd, name, entry)
+        try:
+            yield
+        finally:
+            setattr(torch.autograd, name, original)
+
+    # Forward --------------------------------------------------------------------------------
+
+    def _forward(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        self.watchdog.fed()
+        arguments = Arguments.of(original, args, kwargs)
+        x = arguments.x
+        self._refuse_to_hang(x)
+        places = self._places(x)
+        if self.before_call:
+            self.before_call(self, places, arguments)
+        self._note_moves("forward")
+        if self.current:
+            self.current.followed = True
+        state = arguments.state
+        snapshot = self._snapshot()
+        attached = {path: leaf for path, leaf in leaves(state).items() if leaf.grad_fn}
+        oldest = {path: min(_numbers([leaf]), default=0) for path, leaf in attached.items()}
+        handed = value_of(x), value_of(state), value_of(arguments.others)
+        opened = torch.autograd._get_sequence_nr()
+        returned = original(*args, **kwargs)
+        closed = torch.autograd._get_sequence_nr()
+        prediction, after = self._pair_returned(returned)
+        live = _LiveCall(
+            call=Call(
+                x=handed[0],
+                state=handed[1],
+                others=handed[2],
+                prediction=prediction.detach(),
+                state_after=value_of(after),
+                attached=bool(attached),
+                handed=arguments.has_state,
+            ),
+            snapshot=snapshot,
+            opened=opened,
+            closed=closed,
+            places=places,
+            attached=oldest,
+            step=self.steps[-1][0] if self.steps else None,
+        )
+        self.last_state = live.call.state_after
+        if prediction.grad_fn is not None:
+            _look_after(live, prediction)
+            self.open.append(live)
+        return returned
+
+    def _refuse_to_hang(self, x: Any) -> None:
+        self.calls_seen += 1
+        self.calls_ever += 1
+        empty = isinstance(x, Tensor) and x.numel() == 0
+        self.empty_calls = self.empty_calls + 1 if empty else 0
+        if self.empty_calls >= EMPTY_CALLS:
+            raise Hung(
+                f"forward got inputs of shape {tuple(x.shape)} {EMPTY_CALLS} times in a row: "
+                "the loop does not advance"
+            )
+        longest = max(x.shape[1] for x, _ in self.pristine) if self.pristine else 0
+        if self.calls_seen > 100 + 20 * longest:
+            raise Hung(
+                f"forward was called {self.calls_seen} times in one batch of at most {longest} "
+                "time steps: the loop does not advance"
+            )
+
+    def _places(self, x: Any) -> Tensor | None:
+        if not isinstance(x, Tensor) or not 0 <= self.batch < len(self.pristine):
+            return None
+        live = self.live_batch[0] if self.live_batch else None
+        return locate(x, live, self.pristine[self.batch][0])
+
+    def _pair_returned(self, returned: Any) -> tuple[Tensor, Any]:
+        if (
+            isinstance(returned, (tuple, list))
+            and len(returned) == 2
+            and isinstance(returned[0], Tensor)
+        ):
+            return returned[0], returned[1]
+        raise self._fail(
+            f"{type(self.module).__name__}.{self.subject.forward} must return a pair "
+            f"(prediction, state) whose prediction is a tensor, got {_kind(returned)}; name "
+            "another call with Subject(..., forward='...') if this is not the one that runs a chunk"
+        )
+
+    def _fail(self, message: str) -> ObservationError:
+        """Keep the error too, for a loop that swallows exceptions."""
+        self.problem = ObservationError(message)
+        return self.problem
+
+    def _snapshot(self) -> _Snapshot:
+        """Write down what forward may depend on; the parameters only if they are not known yet."""
+        return _Snapshot(
+            parameters=self.known,
+            buffers={name: b.detach().clone() for name, b in self.module.named_buffers()},
+            trainable=frozenset(n for n, p in self.module.named_parameters() if p.requires_grad),
+            attributes=plain_attributes(self.module),
+            randomness=randomness(),
+        )
+
+    def _note_moves(self, until: str) -> None:
+        """Look at the parameters; what changed since they were last looked at was no update."""
+        for name, parameter in self.module.named_parameters():
+            before = self.known.get(name)
+            if before is not None and same(parameter, before):
+                continue
+            now = parameter.detach().clone()
+            if before is not None and before.shape == now.shape:
+                moved = difference(name, now, before)
+                self.moves.append((f"between {self.known_when} and {until}", moved))
+            self.known = {**self.known, name: now}
+        self.known_when = until
+
+    # Backward -------------------------------------------------------------------------------
+
+    def _backward(self, run: Callable[[], Any], roots: list[Tensor]) -> Any:
+        self.watchdog.fed()
+        numbers = _numbers(roots)
+        through = bool(self.announced) and self.announced[-1] in map(id, roots)
+        self.announced.clear()
+        chunk = self._chunk_of(numbers)
+        if chunk is None:
+            self.stray_backwards += 1
+            return run()
+        self._refuse_odd_losses(roots)
+        first = not chunk.complete
+        repeated = chunk.step is not None and not first and chunk.evaluations > 1
+        if self.lightning_updates is not None:
+            chunk.through_lightning = through and chunk.through_lightning is not False
+        result = run()
+        if not repeated:
+            chunk.loss += sum(float(root.detach()) for root in roots)
+            chunk.gradients = self._gradients(handed=None)
+            chunk.complete = True
+        chunk.events.append("backward")
+        return result
+
+    def _refuse_odd_losses(self, roots: list[Tensor]) -> None:
+        for root in roots:
+            if root.numel() != 1:
+                raise self._fail(
+                    f"the loss must be a scalar, got a tensor of shape {tuple(root.shape)}"
+                )
+
+    def _chunk_of(self, numbers: list[int]) -> _LiveChunk | None:
+        """Find the chunk that a backward through these nodes belongs to; begin one if need be."""
+        reached = [c for c in self.open if _any_within(numbers, c.opened, c.closed)]
+        step = self.steps[-1][0] if self.steps else None
+        if not reached:
+            within = self.current and any(
+                _any_within(numbers, c.opened, c.closed) for c in self.current.calls
+            )
+            return self.current if within else None
+        # Calls that came before and were not reached were never trained on: a metric, say.
+        last = self.open.index(reached[-1])
+        self.open = [c for c in self.open[last + 1 :] if c not in reached]
+        again = step is not None and self.current is not None and self.current.step is step
+        if again and self.current is not None:
+            self.current.evaluations += 1
+            self.current.states.append(reached[-1].call.state_after)
+            self.horizon = max(self.horizon, self.current.calls[-1].closed)
+            return self.current
+        return self._begin_chunk(reached, numbers, step)
+
+    def _begin_chunk(
+        self, calls: list[_LiveCall], numbers: list[int], step: object | None
+    ) -> _LiveChunk:
+        followed, self.moves = self.moves, []
+        self._close_current()
+        events: list[Kind] = ["forward"] * len(calls)
+        early, self.early = self.early, []
+        if early or any(call.interrupted for call in calls):
+            events.append("update")
+        chunk = _LiveChunk(
+            batch=self.batch,
+            calls=calls,
+            events=events,
+            starts_batch=self.fresh_batch,
+            step=step,
+            leaks=self._leaks(calls, numbers),
+            dirty=tuple(
+                name
+                for name, p in self.module.named_parameters()
+                if p.grad is not None and bool(p.grad.any())
+            ),
+            rules=[rule for _, rule in early],
+            updated_by=[id(optimizer) for optimizer, _ in early],
+            moved=followed,
+            states=[calls[-1].call.state_after],
+        )
+        self.fresh_batch = False
+        self.current = chunk
+        return chunk
+
+    def _leaks(self, calls: list[_LiveCall], numbers: list[int]) -> tuple[Leak, ...]:
+        """Find the paths from a loss's nodes into those of chunks gone by."""
+        older = bisect_left(numbers, self.horizon)
+        if not older:
+            return ()
+        into = ", ".join(
+            label for low, high, label in self.consumed if _any_within(numbers, low, high)
+        )
+        into = into or "an earlier chunk"
+        paths = [
+            path for call in calls for path, oldest in call.attached.items() if oldest < self.horizon
+        ]
+        return tuple(Leak(through, into) for through in paths) or (Leak("", into),)
+
+    def _gradients(self, handed: Tensors | None) -> Tensors:
+        """Copy the gradients, or take those of `handed` that they are equal to."""
+        found = {}
+        for name, parameter in self.module.named_parameters():
+            if parameter.grad is None:
+                continue
+            known = handed.get(name) if handed is not None else None
+            equal = known is not None and same(parameter.grad, known)
+            found[name] = known if equal and known is not None else parameter.grad.detach().clone()
+        return found
+
+    # Update ---------------------------------------------------------------------------------
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        if self._elsewhere() or not self._owned(optimizer):
+            return None
+        self.watchdog.fed()
+        rules: list[Rule] = []
+        self.steps.append((object(), optimizer, rules))
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            rules.append(self._rule(optimizer))
+            return None
+
+        def watched_closure() -> Any:
+            result = closure()
+            rules.append(self._rule(optimizer))
+            return result
+
+        if len(args) > 1:
+            return (args[0], watched_closure, *args[2:]), kwargs
+        return args, {**kwargs, "closure": watched_closure}
+
+    def _owned(self, optimizer: Optimizer) -> list[str]:
+        return [
+            self.names[id(p)]
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if id(p) in self.names
+        ]
+
+    def _rule(self, optimizer: Optimizer) -> Rule:
+        """Write down what an update is about to go by."""
+        self._note_moves("the update")
+        names = set(self._owned(optimizer))
+        known = self.current.gradients if self.current else None
+        gradients = self._gradients(handed=known)
+        return Rule(
+            optimizer=optimizer,
+            groups=tuple(
+                {**group, "params": [self.names.get(id(p), "") for p in group["params"]]}
+                for group in optimizer.param_groups
+            ),
+            memory=self._remembered(optimizer),
+            handed={name: g for name, g in gradients.items() if name in names},
+        )
+
+    def _remembered(self, optimizer: Optimizer) -> dict[str, Mapping[str, Any]]:
+        """Return what the update before left in the optimizer's memory, or what is there now."""
+        found = {}
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                kind, memory = self.memory.get(id(p), (None, None))
+                if kind is not type(optimizer) or memory is None:
+                    memory = value_of(dict(optimizer.state.get(p, {})))
+                found[self.names.get(id(p), "")] = memory
+        return found
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._elsewhere() or not self.steps or self.steps[-1][1] is not optimizer:
+            return
+        _, _, rules = self.steps.pop()
+        rule = rules[-1] if rules else self._rule(optimizer)
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                memory = value_of(dict(optimizer.state.get(p, {})))
+                self.memory[id(p)] = (type(optimizer), memory)
+        self._take_parameters()
+        self._attribute(optimizer, rule)
+
+    def _take_parameters(self) -> None:
+        """Look at the parameters right after an update, which may move them."""
+        for name, parameter in self.module.named_parameters():
+            before = self.known.get(name)
+            if before is None or not same(parameter, before):
+                self.known = {**self.known, name: parameter.detach().clone()}
+        self.known_when = "the update"
+
+    def _attribute(self, optimizer: Optimizer, rule: Rule) -> None:
+        """Give the update to the chunk it belongs to: the last one with a backward, as a rule."""
+        chunk = self.current
+        if chunk and id(optimizer) not in chunk.updated_by:
+            for call in self.open:
+                call.interrupted = True
+        elif self.open or chunk is None:
+            for call in self.open:
+                call.interrupted = True
+            self.early.append((optimizer, rule))
+            return
+        chunk.events.append("update")
+        chunk.rules.append(rule)
+        chunk.updated_by.append(id(optimizer))
+        chunk.parameters = self.known
+        chunk.moved.extend(self.moves)
+        self.moves = []
+
+    # The end of a chunk ---------------------------------------------------------------------
+
+    def _drop_open_calls(self) -> None:
+        self.open = []
+
+    def _close_current(self) -> None:
+        live, self.current = self.current, None
+        if live is None:
+            return
+        last = live.calls[-1]
+        chunk = self._chunk(live)
+        self.consumed = [*self.consumed[-8:], (live.calls[0].opened, last.closed, str(chunk))]
+        self.horizon = max(self.horizon, last.closed)
+        canaries = [call.canary for call in live.calls if call.canary]
+        self.graphs.append((str(chunk), canaries))
+        self.first = None if self.closed else chunk
+        self.closed.append(chunk.slim())
+        self.watched += 1
+        del live
+        self._note_graphs(allowed=1)
+        self.busy = True
+        try:
+            self.hand_on(chunk)
+        except BaseException as error:
+            self.problem = error
+            raise
+        finally:
+            self.busy = False
+
+    def _note_graphs(self, *, allowed: int) -> None:
+        """Look whether graphs live on that are due to be gone: all but the last `allowed`."""
+        due = self.graphs[: len(self.graphs) - allowed]
+        if _alive(due):
+            gc.collect()  # only a cycle may be holding it, which is nobody's mistake
+            self.outlived.extend(label for label, _ in _alive(due))
+        self.graphs = self.graphs[len(due) :]
+
+    def _chunk(self, live: _LiveChunk) -> Chunk:
+        first = live.calls[0]
+        places = _joined(live.calls)
+        target = self._target(live, places)
+        updates = self._counted_by_lightning()
+        return Chunk(
+            batch=live.batch,
+            span=span_of(places),
+            inputs=_as_places(places),
+            given=Given(
+                calls=tuple(call.call for call in live.calls),
+                parameters=first.snapshot.parameters,
+                buffers=first.snapshot.buffers,
+                trainable=first.snapshot.trainable,
+                attributes=first.snapshot.attributes,
+                randomness=first.snapshot.randomness,
+                target=target,
+            ),
+            outcome=Outcome(
+                loss=live.loss,
+                cotangents=tuple(call.cotangent for call in live.calls),
+                gradients=live.gradients,
+                parameters=live.parameters,
+                rules=tuple(live.rules),
+                events=tuple(live.events),
+                dirty=live.dirty,
+                moved=tuple(live.moved),
+                leaks=live.leaks,
+                states=tuple(live.states),
+                backward_through_lightning=live.through_lightning,
+                updates_through_lightning=updates,
+                complete=live.complete,
+            ),
+            starts_batch=live.starts_batch,
+            evaluations=live.evaluations,
+        )
+
+    def _counted_by_lightning(self) -> int | None:
+        if self.lightning_updates is None:
+            return None
+        total = self.lightning_updates()
+        new, self.counted = total - self.counted, total
+        return new
+
+    def _target(self, live: _LiveChunk, places: Tensor | None) -> Tensor | None:
+        """Return the targets at the places that were fed, laid out as the inputs were."""
+        if places is None or not 0 <= live.batch < len(self.pristine):
+            return None
+        y = self.pristine[live.batch][1]
+        if y.dim() < 2:
+            return None
+        return y[places[..., 0], places[..., 1]]
+
+    def _note_changes(self, index: int) -> None:
+        if self.live_batch is None or not 0 <= index < len(self.pristine):
+            return
+        for name, now, before in zip(
+            ("inputs", "targets"), self.live_batch, self.pristine[index], strict=True
+        ):
+            if isinstance(now, Tensor) and now.shape == before.shape and not same(now, before):
+                self.changed.append((index, difference(name, now, before)))
+        self.live_batch = None
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The arguments of a forward: inputs, state, and whatever follows."""
+
+    x: Any
+    state: Any
+    has_state: bool
+    others: tuple[tuple[Any, ...], Mapping[str, Any]]
+    state_name: str | None
+
+    def replaced(self, state: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments with another state in the state's place."""
+        positional, named = self.others
+        return (self.x, state, *positional), dict(named)
+
+    @classmethod
+    def of(cls, forward: Callable[..., Any], args: Any, kwargs: Any) -> Arguments:
+        """Tell which argument is which: inputs come first, the state second."""
+        names = _parameter_names(forward)
+        values = dict(kwargs)
+        positional = list(args)
+        x = positional.pop(0) if positional else values.pop(names[0], None) if names else None
+        state_name = names[1] if len(names) > 1 else None
+        if positional:
+            return cls(x, positional.pop(0), True, (tuple(positional), values), state_name)
+        if state_name in values:
+            return cls(x, values.pop(str(state_name)), True, ((), values), state_name)
+        return cls(x, None, False, ((), values), state_name)
+
+
+def _parameter_names(forward: Callable[..., Any]) -> list[str]:
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
+    try:
+        parameters = inspect.signature(forward).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    return [p.name for p in parameters if p.kind in kinds]
+
+
+def owner_of(module: nn.Module, name: str) -> tuple[Any, str]:
+    """Return the object and the attribute that a call of `name` on `module` ends in."""
+    found = resolve(module, name)
+    if isinstance(found, nn.Module):
+        return found, "forward"
+    head, _, tail = name.rpartition(".")
+    return (resolve(module, head) if head else module), tail
+
+
+def plain_attributes(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """Copy what a module and its parts keep in plain attributes: numbers, text and tensors."""
+    return {
+        name: {
+            key: value_of(value)
+            for key, value in vars(part).items()
+            if not key.startswith("_") and isinstance(value, (bool, int, float, str, Tensor, tuple))
+        }
+        for name, part in module.named_modules()
+    }
+
+
+def _look_after(live: _LiveCall, prediction: Tensor) -> None:
+    """Hang a canary into the graph of `prediction`, and take the loss's gradient by it."""
+    canary = _Canary()
+    assert prediction.grad_fn is not None
+    prediction.grad_fn.metadata["tbptt"] = canary
+    live.canary = weakref.ref(canary)
+
+    def take(cotangent: Tensor) -> None:
+        taken = cotangent.detach()
+        live.cotangent = taken.clone() if live.cotangent is None else live.cotangent + taken
+
+    prediction.register_hook(take)
+
+
+def _alive(
+    graphs: Sequence[tuple[str, list[weakref.ref[_Canary]]]],
+) -> list[tuple[str, list[weakref.ref[_Canary]]]]:
+    return [graph for graph in graphs if any(canary() is not None for canary in graph[1])]
+
+
+def _numbers(roots: Sequence[Tensor]) -> list[int]:
+    """Return the sequence numbers of all nodes behind `roots`, sorted; parameters have none."""
+    waiting = [root.grad_fn for root in roots if root.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        for node, _ in waiting.pop().next_functions:
+            if node is not None and node not in seen:
+                seen.add(node)
+                waiting.append(node)
+    numbers = (node._sequence_nr() for node in seen)
+    return sorted(number for number in numbers if number < PARAMETER_NODE)
+
+
+def _any_within(numbers: list[int], low: int, high: int) -> bool:
+    at = bisect_left(numbers, low)
+    return at < len(numbers) and numbers[at] < high
+
+
+def _joined(calls: list[_LiveCall]) -> Tensor | None:
+    """Join the places that several calls fed, along time."""
+    places = [call.places for call in calls]
+    if any(p is None for p in places):
+        return None
+    found = [p for p in places if p is not None]
+    if len(found) == 1:
+        return found[0]
+    # One time step a call: (B, 2) each. Otherwise each call has a time dimension of its own.
+    if all(p.dim() == 2 for p in found):
+        return torch.stack(found, dim=1) if len({p.shape for p in found}) == 1 else None
+    dim = 0 if time_first(found[0]) else 1
+    others = {tuple(n for i, n in enumerate(p.shape) if i != dim) for p in found}
+    return torch.cat(found, dim=dim) if len(others) == 1 else None
+
+
+def time_first(places: Tensor) -> bool:
+    """Tell whether inputs at these places have time before sequences."""
+    return bool(places.dim() == 3 and (places[0, :, 1] == places[0, :1, 1]).all()) and bool(
+        places.shape[1] > 1 or places.shape[0] > 1 and bool((places[1:, 0, 1] != places[0, 0, 1]).all())
+    )
+
+
+def _named(chunk: _LiveChunk) -> str:
+    return str(Chunk(batch=chunk.batch, span=span_of(_joined(chunk.calls))))
+
+
+def _as_places(places: Tensor | None) -> tuple[Place, ...]:
+    if places is None:
+        return ()
+    return tuple((int(b), int(t)) for b, t in places.reshape(-1, 2).tolist())
+
+
+def _pair(batch: Any) -> tuple[Any, Any] | None:
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    return None
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"
+
+

@@ -1,0 +1,1 @@
+"""Truncated backpropagation through time done right: what `tbptt_props` judges others by."""
