@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tbptt_props.case import Case as Case
+    from tbptt_props.contract import Contract as Contract
     from tbptt_props.judge import BrokenProperty as BrokenProperty
     from tbptt_props.judge import Report as Report
     from tbptt_props.judge import Verdict as Verdict
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from tbptt_props.strategies import chunk_lengths as chunk_lengths
     from tbptt_props.strategies import sequence_lengths as sequence_lengths
     from tbptt_props.strategies import states as states
-    from tbptt_props.subject import Contract as Contract
     from tbptt_props.subject import ObservationError as ObservationError
     from tbptt_props.subject import Subject as Subject
     from tbptt_props.suite import conformance as conformance
@@ -36,7 +36,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "BrokenProperty": "judge",
     "Case": "case",
-    "Contract": "subject",
+    "Contract": "contract",
     "Expected": "trace",
     "ObservationError": "subject",
     "PROPERTIES": "properties",

@@ -75,18 +75,32 @@ def worst(found: Tensors, due: Tensors, *, bitwise: bool = False) -> Iterator[Di
 
 
 def is_clipped(gradients: Tensors, handed: Tensors) -> bool:
-    """Tell whether gradients were shrunk as clipping does: by one factor, or cut at one height.
+    """Tell whether gradients were shrunk as clipping does: each by one factor, or at one height.
 
     False where they were not changed at all, nor where they were cleared.
     """
     changed = {n: g for n, g in handed.items() if n in gradients and not same(g, gradients[n])}
     if not changed or not any(bool(g.any()) for g in handed.values()):
         return False
-    before = torch.cat([gradients[name].flatten() for name in handed if name in gradients])
-    after = torch.cat([handed[name].flatten() for name in handed if name in gradients])
-    return _scaled_down(before, after) or close(after, before.clamp(-after.abs().max(), after.abs().max()))
+    height = max(float(g.abs().max()) for g in changed.values() if g.numel())
+    return all(
+        _scaled_down(gradients[name], g) or close(g, gradients[name].clamp(-height, height))
+        for name, g in changed.items()
+    )
 
 
 def _scaled_down(before: Tensor, after: Tensor) -> bool:
     factor = after.norm() / before.norm()
-    return bool(factor < 1) and close(after, before * factor)
+    return bool(0 < factor < 1) and close(after, before * factor)
+
+
+def clipped(gradients: Tensors, *, norm: float | None, value: float | None) -> Tensors:
+    """Return gradients clipped by their joint norm, or entry by entry; or as they are."""
+    if value is not None:
+        return {name: g.clamp(-value, value) for name, g in gradients.items()}
+    if norm is None or not gradients:
+        return gradients
+    total = torch.stack([g.norm() for g in gradients.values()]).norm()
+    # torch divides by the norm plus 1e-6, so as not to divide by zero.
+    factor = (norm / (total + 1e-6)).clamp(max=1.0)
+    return {name: g * factor for name, g in gradients.items()}

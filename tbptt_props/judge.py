@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, find, given, seed, settings
 from hypothesis.errors import NoSuchExample
 
 from tbptt_props.case import Case
-from tbptt_props.observation import Fresh, observing, run
+from tbptt_props.observation import Fresh, batches_of, observing, run
 from tbptt_props.properties import OF_LINKS, OF_RUNS, PROPERTIES, LinkProperty, RunProperty
 from tbptt_props.rederivation import rederive
 from tbptt_props.strategies import cases
@@ -142,9 +142,13 @@ def _judge(
         twin = fresh()
         twin.module.to(dtype)
         before: list[Chunk] = []
+        plans = [twin.contract.plan(case, x.shape[1]) for x, _ in batches_of(twin, case)]
 
         def judge_link(chunk: Chunk) -> None:
-            link = Link(before[-1] if before else None, chunk, rederive(twin, chunk))
+            link = Link(
+                before[-1] if before else None, chunk, rederive(twin, chunk), plans[chunk.batch],
+                twin.contract,
+            )
             for p in of_links:
                 judged[p.__name__].add(p(link))
             before[:] = [chunk.light()]

@@ -24,7 +24,7 @@ from tbptt_props.process import randomness, set_randomness
 from tbptt_props.rederivation import apply_rule, rederive
 from tbptt_props.state import leaves, map_tensors, same_layout
 from tbptt_props.subject import Batches, Subject
-from tbptt_props.trace import Chunk, Ending, Rerun, Rule, Span, Tensors
+from tbptt_props.trace import Chunk, Ending, Rerun, Rule, Span, Tensors, time_dimension
 from tbptt_props.train import train
 from tbptt_props.watch import Arguments, Training, Watch, owner_of, plain_attributes
 
@@ -223,7 +223,7 @@ class _GoingOn:
         self.left = left
         self.training = Training()
         self.loaded = False
-        self.entered = False
+        self.entered: dict[str, Tensor] | None = None
         self.state: Any = None
 
     def training_begun(self, training: Training) -> None:
@@ -258,6 +258,19 @@ class _GoingOn:
         self.training.set_updates(left.updates)
         set_randomness(left.randomness)
 
+    def _starts(self, arguments: Arguments) -> bool:
+        """Tell whether a call is the first one, or a closure's repetition of it."""
+        if not self.left.start:
+            return False
+        handed = leaves((arguments.x, arguments.state))
+        if self.entered is None:
+            self.entered = {path: leaf.detach().clone() for path, leaf in handed.items()}
+            set_randomness(self.left.randomness)
+        again = handed.keys() == self.entered.keys() and all(
+            same(leaf.detach(), self.entered[path]) for path, leaf in handed.items()
+        )
+        return again and self.left.handed
+
     def wrapped(self) -> ExitStack:
         """Return a block within which the first forward starts from the checkpoint's state."""
         owner, name = owner_of(self.module, self.subject.forward)
@@ -267,12 +280,10 @@ class _GoingOn:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled() or not self.module.training:
                 return original(*args, **kwargs)
-            if not self.entered and self.left.start:
-                set_randomness(self.left.randomness)
-                if self.left.handed:
-                    state = map_tensors(same_layout, self.left.state)
-                    args, kwargs = Arguments.of(original, args, kwargs).replaced(state)
-            self.entered = True
+            arguments = Arguments.of(original, args, kwargs)
+            if self._starts(arguments):
+                state = map_tensors(same_layout, self.left.state)
+                args, kwargs = arguments.replaced(state)
             returned = original(*args, **kwargs)
             if isinstance(returned, (tuple, list)) and len(returned) == 2:
                 self.state = returned[1]
@@ -317,20 +328,9 @@ def _of_whole(batch: tuple[Tensor, Tensor], chunk: Chunk) -> Chunk:
     assert given is not None
     assert outcome is not None
     if len(given.calls) == 1:
-        x, y = (part.transpose(0, 1) if _time_first(chunk) else part for part in batch)
+        x, y = (part.transpose(0, 1) if time_dimension(chunk) == 0 else part for part in batch)
         given = replace(given, calls=(replace(given.calls[0], x=x),), target=y)
     return replace(chunk, given=given, outcome=replace(outcome, cotangents=(), rules=()))
-
-
-def _time_first(chunk: Chunk) -> bool:
-    """Tell whether the rows of a chunk's inputs go through the sequences before the time steps."""
-    if len(chunk.inputs) < 2:
-        return False
-    sequences = {sequence for sequence, _ in chunk.inputs}
-    if len(sequences) == 1:
-        assert chunk.given is not None
-        return bool(chunk.given.calls[0].x.shape[0] == len(chunk.inputs))
-    return chunk.inputs[0][1] == chunk.inputs[1][1]
 
 
 def _ordinary(chunk: Chunk, gradients: Tensors, state: Any, rules: Sequence[Rule]) -> Ending:

@@ -67,7 +67,7 @@ def run(fresh: Fresh, case: Case, hand_on: Callable[[Chunk], None]) -> Trace:
         watch.finished()
     if watch.problem is not None:
         raise watch.problem
-    _refuse_unseen(subject, watch, halt)
+    _refuse_unseen(subject, watch, halt, case)
     trace = Trace(
         sizes=tuple((x.shape[0], x.shape[1]) for x, _ in batches),
         plan=plan,
@@ -75,6 +75,8 @@ def run(fresh: Fresh, case: Case, hand_on: Callable[[Chunk], None]) -> Trace:
         halt=halt,
         outlived=tuple(dict.fromkeys(watch.outlived)),
         watched=watch.watched,
+        updates=watch.updates,
+        counted=watch.lightning_updates() if watch.lightning_updates else None,
         changed=tuple(watch.changed),
     )
     return trace if halt else _with_reruns(trace, anew, batches, marks, watch)
@@ -124,9 +126,13 @@ def _usable(index: int, batch: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Ten
     return tuple(t.to(floating) if t.is_floating_point() else t for t in (x, y))  # type: ignore[return-value]
 
 
-def _refuse_unseen(subject: Subject, watch: Watch, halt: Halt | None) -> None:
-    """Refuse a run in which there was nothing to describe, unless that it raised says it all."""
-    if watch.closed or halt:
+def _refuse_unseen(subject: Subject, watch: Watch, halt: Halt | None, case: Case) -> None:
+    """Refuse a run in which there was nothing to describe, unless that it raised says it all.
+
+    A loop that has nothing to train on where a chunk or sequence is a single time step, because
+    it shifts its targets inside the chunk, say, is a finding.
+    """
+    if watch.closed or halt or 1 in (case.chunk, case.steps):
         return
     kind = type(subject.module).__name__
     if getattr(subject.module, "automatic_optimization", False):

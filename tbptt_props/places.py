@@ -14,7 +14,9 @@ from tbptt_props.trace import Span
 
 
 def locate(x: Tensor, live: Any, pristine: Tensor) -> Tensor | None:
-    """Return the place of each row of `x`, (..., 2), or None where they are not all the batch's.
+    """Return the place of each row of `x`, (..., 2), or None where none of them is the batch's.
+
+    A row that is not the batch's, padding say, has the place (-1, -1).
 
     `x` is (..., I), any part of `pristine` (B, T, I) in any layout that leaves the features last;
     for tokens `x` is any part of a batch (B, T). `live` is the batch as the loop had it: a view of
@@ -61,9 +63,22 @@ def _by_value(x: Tensor, pristine: Tensor) -> Tensor | None:
     at = torch.searchsorted(keys, x[..., 0].contiguous()).clamp(max=len(keys) - 1)
     row = order[at]
     places = torch.stack((row // pristine.shape[1], row % pristine.shape[1]), dim=-1)
-    if not torch.equal(pristine[places[..., 0], places[..., 1]], x):
+    its_own = (pristine[places[..., 0], places[..., 1]] == x).all(dim=-1)
+    if not bool(its_own.any()):
         return None
-    return places
+    return torch.where(its_own.unsqueeze(-1), places, -1)
+
+
+def time_first(places: Tensor) -> bool:
+    """Tell whether inputs at these places, (K, B, 2), have time before sequences."""
+    if places.dim() != 3:
+        return False
+    one_time_step_a_row = bool((places[:, :, 1] == places[:, :1, 1]).all())
+    one_sequence_a_row = bool((places[:, :, 0] == places[:, :1, 0]).all())
+    return one_time_step_a_row and not one_sequence_a_row or (
+        one_sequence_a_row and one_time_step_a_row and places.shape[0] > 1
+        and bool((places[1:, 0, 1] != places[:1, 0, 1]).any())
+    )
 
 
 def span_of(places: Tensor | None) -> Span | None:
@@ -71,4 +86,5 @@ def span_of(places: Tensor | None) -> Span | None:
     if places is None or not places.numel():
         return None
     steps = places[..., 1]
+    steps = steps[steps >= 0]
     return int(steps.min()), int(steps.max()) + 1

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from tbptt_props.compare import close, difference, is_clipped, near, same, worst
+from tbptt_props.compare import clipped, close, difference, is_clipped, near, same, worst
 from tbptt_props.state import leaves
 from tbptt_props.trace import (
     Chunk,
@@ -77,6 +78,26 @@ def the_batch_is_left_as_it_was(trace: Trace) -> Iterator[Finding]:
         yield Violation(f"batch {batch}", found, f"{changed.due:.6g} as before")
 
 
+def training_moves_the_parameters(trace: Trace) -> Iterator[Finding]:
+    """In a whole run, some update moves some parameter."""
+    updates = trace.updates
+    if updates < 2:  # a first update may legitimately have a learning rate of zero
+        yield NotJudged("a run of at least two updates")
+    elif not any(chunk.moved for chunk in trace.chunks):
+        yield Violation(f"{updates} updates", "moved no parameter", "moving them")
+
+
+def updates_go_through_lightnings_optimizer(trace: Trace) -> Iterator[Finding]:
+    """Lightning counts every update, so that global_step, max_steps and checkpoints are right."""
+    if trace.counted is None:
+        yield NotJudged("a LightningModule")
+    elif not trace.updates:
+        yield NotJudged("an update")
+    elif trace.counted != trace.updates:
+        where = f"global_step after {trace.updates} updates"
+        yield Violation(where, str(trace.counted), str(trace.updates))
+
+
 def one_chunk_is_one_ordinary_update(trace: Trace) -> Iterator[Finding]:
     """A run of a single chunk ends as one update of full backpropagation through time."""
     yield from _ends_alike(trace.one_chunk, bitwise=False)
@@ -103,6 +124,10 @@ def state_crosses_every_boundary(link: Link) -> Iterator[Finding]:
         return
     assert before.outcome is not None
     due = [leaves(state) for state in before.outcome.states]
+    if before.lanes and link.chunk.lanes and before.lanes != link.chunk.lanes:
+        due = [
+            moved for state in due for moved in _reordered(state, before.lanes, link.chunk.lanes)
+        ]
     if not any(due):
         yield NotJudged("a forward that returns a state")
         return
@@ -112,6 +137,12 @@ def state_crosses_every_boundary(link: Link) -> Iterator[Finding]:
         yield Violation(where, "none", f"the one {before} ended in")
     elif not any(_same_leaves(found, alternative) for alternative in due):
         yield from _state_differences(where, found, due[-1])
+    elif any(not _same_leaves(leaves(state), found) for state in given.repeats):
+        where = f"{where} of a repeated evaluation"
+        yield Violation(where, "not the one of the first", "the same, however often it is evaluated")
+    elif link.expected.state_matters is False:
+        due_use = "what predictions and the next state depend on"
+        yield Violation(where, "handed over but without any effect", due_use)
 
 
 def state_starts_afresh_with_each_batch(link: Link) -> Iterator[Finding]:
@@ -166,9 +197,12 @@ def gradients_are_the_chunks_own(link: Link) -> Iterator[Finding]:
         yield NotJudged(due.missing)
         return
     updated = _updated(outcome)
+    feeding = link.chunk.given.feeding if link.chunk.given else frozenset()
     for name in sorted(due.gradients.keys() | outcome.gradients.keys()):
         if updated and name not in updated:
             continue  # no optimizer reads it
+        if name in feeding and not outcome.leaks:
+            continue  # a learned initial state: its gradient comes by a way that is the loop's own
         yield from _gradient_differences(f"{link.chunk}, gradient of ", name, outcome, due.gradients)
     yield from _changed_on_the_way(link)
 
@@ -177,18 +211,31 @@ def gradients_span_the_whole_chunk(link: Link) -> Iterator[Finding]:
     """Gradients reach back through all time steps of the chunk: they are the loss's true slope."""
     given, due = link.chunk.given, link.expected
     assert given is not None
-    for i, call in enumerate(given.calls[1:], start=1):
-        if leaves(call.state) and not call.attached:
-            yield Violation(
-                f"{link.chunk}, state at its call {i + 1} of forward", "detached",
-                "attached to the calls before it",
-            )
+    for path, name in _cut_off(link.chunk):
+        where = f"{link.chunk}, incoming {path}"
+        yield Violation(where, f"{name}'s value, detached", "attached to it, for it to be learned")
+    starts = {start for start, _ in link.plan}
+    for before, after in pairwise(link.chunk.pieces):
+        if after[0] not in starts:
+            where = f"{link.chunk}, state at time step {after[0]}"
+            yield Violation(where, f"cut from time steps {spanned(before)}", "attached to them")
             return
     if due.slope is None or due.autograd_slope is None:
         yield NotJudged(due.slope_unclear or due.missing or "a loss that is known")
     elif not near_slope(due.autograd_slope, due.slope):
         where = f"{link.chunk}, slope of the loss by its gradients"
         yield Violation(where, f"{due.autograd_slope:.6g}", f"{due.slope:.6g} by its values")
+
+
+def state_sums_up_the_chunk(link: Link) -> Iterator[Finding]:
+    """The state after a chunk is the one that two parts of it, run one after the other, end in."""
+    if link.expected.in_two is None:
+        yield NotJudged("a deterministic forward with a state of fixed size, and two time steps")
+        return
+    for wrong in link.expected.in_two:
+        where = f"{link.chunk}, {wrong.entry} after it"
+        found = f"{wrong.due:.6g} (but {wrong.found:.6g} if forward runs it in two parts)"
+        yield Violation(where, found, "the same however forward is called")
 
 
 def events_come_in_a_legal_order(link: Link) -> Iterator[Finding]:
@@ -216,7 +263,16 @@ def each_chunk_updates_once(link: Link) -> Iterator[Finding]:
     if not outcome.complete:
         yield NotJudged("a backward that comes to its end")
         return
+    starts = {start for start, _ in link.plan}
+    pieces = link.chunk.pieces
+    if len(pieces) > 1 and all(start in starts for start, _ in pieces):
+        yield Violation(f"{link.chunk}, updates", f"1 for the chunks {_listed(pieces)}", "1 each")
+        return
     counts = Counter(id(rule.optimizer) for rule in outcome.rules)
+    if counts and outcome.optimizers:
+        for i, optimizer in enumerate(outcome.optimizers):
+            if not counts[optimizer]:
+                yield Violation(f"{link.chunk}, updates of optimizer {i}", "0", "1")
     for count in sorted({0} if not counts else {*counts.values()} - {1}):
         yield Violation(f"{link.chunk}, updates", str(count), "1")
 
@@ -233,9 +289,10 @@ def the_update_follows_the_optimizers_rule(link: Link) -> Iterator[Finding]:
     elif outcome.moved:
         yield NotJudged("parameters that nothing else moved")
     else:
-        for wrong in worst(outcome.parameters, due.parameters):
-            where = f"{link.chunk}, {wrong.entry} after the update"
-            yield Violation(where, f"{wrong.found:.9g}", f"{wrong.due:.9g}")
+        for rule, parameters in zip(outcome.rules, due.parameters, strict=True):
+            for wrong in worst(rule.after, parameters):
+                where = f"{link.chunk}, {wrong.entry} after the update"
+                yield Violation(where, f"{wrong.found:.9g}", f"{wrong.due:.9g}")
 
 
 def nothing_but_the_update_moves_parameters(link: Link) -> Iterator[Finding]:
@@ -255,17 +312,21 @@ def backward_goes_through_manual_backward(link: Link) -> Iterator[Finding]:
         yield Violation(where, "called past Lightning", "self.manual_backward(loss)")
 
 
-def updates_go_through_lightnings_optimizer(link: Link) -> Iterator[Finding]:
-    """Lightning counts every update, so that global_step, max_steps and checkpoints are right."""
-    outcome = _outcome(link)
-    counted = outcome.updates_through_lightning
-    if counted is None:
-        yield NotJudged("a LightningModule")
-    elif not outcome.rules:
-        yield NotJudged("an update")
-    elif counted != len(outcome.rules):
-        where = f"{link.chunk}, updates counted by global_step"
-        yield Violation(where, str(counted), str(len(outcome.rules)))
+def chunks_are_trained_in_training_mode(link: Link) -> Iterator[Finding]:
+    """The module is in training mode while it is trained."""
+    if not _outcome(link).in_training_mode:
+        yield Violation(f"{link.chunk}, module", "in eval mode", "in training mode")
+
+
+def each_chunk_draws_its_own_randomness(link: Link) -> Iterator[Finding]:
+    """No chunk repeats the random numbers of the one before: dropout drops other units."""
+    if not link.expected.draws or link.before is None:
+        yield NotJudged("a forward that draws random numbers, and two chunks")
+        return
+    one, other = _outcome(link).randomness, link.before.outcome
+    if other is not None and one is not None and torch.equal(one, other.randomness):
+        where = f"{link.chunk}, random numbers"
+        yield Violation(where, f"those of {link.before} again", "new ones")
 
 
 # How chunks tile ----------------------------------------------------------------------------
@@ -275,16 +336,25 @@ def _tiles(
     batch: int, trace: Trace, chunks: Sequence[Chunk], due: Sequence[Span]
 ) -> Iterator[Finding]:
     prefix = f"batch {batch}, " if batch else ""
-    found = [chunk.span for chunk in chunks]
+    found = [span for chunk in chunks for span in _spans(chunk, due)]
     if found != list(due):
         yield Violation(f"{prefix}chunks", _listed(found), _listed(due))
         return
     sequences = trace.sizes[batch][0]
+    if len(chunks) != len(due):  # several chunks in one backward: their inputs are known to tile
+        return
     yield from _accounted(f"{prefix}inputs", chunks, due, sequences, lambda c: c.inputs)
     if all(chunk.targets is not None for chunk in chunks):
         yield from _accounted(
             f"{prefix}targets", chunks, due, sequences, lambda c: c.targets or ()
         )
+
+
+def _spans(chunk: Chunk, due: Sequence[Span]) -> Sequence[Span | None]:
+    """Return the chunk's time steps, or its pieces' where it was cut just where it should be."""
+    starts = {start for start, _ in due}
+    cut = len(chunk.pieces) > 1 and all(start in starts for start, _ in chunk.pieces)
+    return chunk.pieces if cut else [chunk.span]
 
 
 def _accounted(
@@ -364,6 +434,35 @@ def _state_differences(where: str, found: Tensors, due: Tensors) -> Iterator[Fin
             )
 
 
+def _cut_off(chunk: Chunk) -> Iterator[tuple[str, str]]:
+    """Yield leaves of an initial state that have a trainable parameter's value but not its graph."""
+    given = chunk.given
+    if given is None or not chunk.starts_batch:
+        return
+    for path, leaf in leaves(given.calls[0].state).items():
+        for name in given.trainable - given.feeding:
+            rows = given.parameters[name].reshape(-1, given.parameters[name].shape[-1] or 1) \
+                if given.parameters[name].dim() else None
+            if rows is None or leaf.dim() == 0 or leaf.shape[-1] != rows.shape[-1]:
+                continue
+            if rows.any() and all(
+                bool((rows == row).all(dim=1).any()) for row in leaf.reshape(-1, leaf.shape[-1])
+            ):
+                yield path, name
+
+
+def _reordered(
+    state: Tensors, lanes: Sequence[int], into: Sequence[int]
+) -> Iterator[Tensors]:
+    """Yield `state` with its sequences in another order, along each dimension they may lie in."""
+    if sorted(lanes) != sorted(into):
+        return
+    order = torch.tensor([lanes.index(sequence) for sequence in into])
+    for dim in (0, 1):
+        if all(leaf.dim() > dim and leaf.shape[dim] == len(lanes) for leaf in state.values()):
+            yield {path: leaf.index_select(dim, order) for path, leaf in state.items()}
+
+
 def _row_in_common(leaf: Tensor, old: Sequence[Tensor]) -> Tensor | None:
     """Return a row, along the last dimension, that `leaf` shares with a tensor from before."""
     if leaf.dim() == 0 or not leaf.is_floating_point():
@@ -388,7 +487,8 @@ def _outcome(link: Link) -> Outcome:
 
 def _dtype(link: Link) -> torch.dtype:
     given = link.chunk.given
-    return given.calls[0].prediction.dtype if isinstance(given, Given) else torch.float64
+    prediction = given.calls[0].prediction if isinstance(given, Given) else None
+    return torch.float64 if prediction is None else prediction.dtype
 
 
 def near_slope(one: float, other: float) -> bool:
@@ -436,19 +536,21 @@ def _cleared(outcome: Outcome) -> bool:
 
 
 def _changed_on_the_way(link: Link) -> Iterator[Finding]:
-    """Between backward and update, gradients may be clipped, and nothing else."""
-    outcome = _outcome(link)
+    """Between backward and update, gradients may be clipped as promised, and nothing else."""
+    outcome, contract = _outcome(link), link.contract
     if link.chunk.evaluations > 1 or _cleared(outcome):
         return
+    promised = contract.clip_norm is not None or contract.clip_value is not None
     for rule in outcome.rules:
-        if is_clipped(outcome.gradients, rule.handed):
+        names = {name for group in rule.groups for name in group["params"]}
+        left = {name: g for name, g in outcome.gradients.items() if name in names}
+        if not promised and is_clipped(left, rule.handed):
             continue
-        for wrong in _first(worst(rule.handed, {
-            name: g for name, g in outcome.gradients.items() if name in _updated(outcome)
-            and any(name in group["params"] for group in rule.groups)
-        })):
+        due = clipped(left, norm=contract.clip_norm, value=contract.clip_value)
+        as_due = "clipped as promised" if promised else "as backward left it"
+        for wrong in _first(worst(rule.handed, due)):
             where = f"{link.chunk}, gradient of {wrong.entry} at the update"
-            yield Violation(where, f"{wrong.found:.6g}", f"{wrong.due:.6g} as backward left it")
+            yield Violation(where, f"{wrong.found:.6g}", f"{wrong.due:.6g}, {as_due}")
 
 
 def _first(differences: Iterator[Difference]) -> Iterator[Difference]:
@@ -462,6 +564,8 @@ OF_RUNS: tuple[RunProperty, ...] = (
     chunks_tile_the_sequence,
     no_graph_outlives_its_chunk,
     the_batch_is_left_as_it_was,
+    training_moves_the_parameters,
+    updates_go_through_lightnings_optimizer,
     one_chunk_is_one_ordinary_update,
     a_run_can_be_resumed_at_any_boundary,
     a_batch_knows_nothing_of_the_one_before,
@@ -473,11 +577,13 @@ OF_LINKS: tuple[LinkProperty, ...] = (
     loss_is_the_chunks_own,
     gradients_are_the_chunks_own,
     gradients_span_the_whole_chunk,
+    state_sums_up_the_chunk,
     events_come_in_a_legal_order,
     each_chunk_updates_once,
     the_update_follows_the_optimizers_rule,
     nothing_but_the_update_moves_parameters,
     backward_goes_through_manual_backward,
-    updates_go_through_lightnings_optimizer,
+    chunks_are_trained_in_training_mode,
+    each_chunk_draws_its_own_randomness,
 )
 PROPERTIES: tuple[RunProperty | LinkProperty, ...] = (*OF_RUNS, *OF_LINKS)

@@ -8,19 +8,30 @@ slope comes from values alone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tbptt_props.compare import near
+from tbptt_props.compare import close, near, same, worst
 from tbptt_props.process import randomness, set_randomness
-from tbptt_props.state import map_tensors, value_of
+from tbptt_props.state import leaves, map_tensors, value_of
 from tbptt_props.subject import Subject, resolve
-from tbptt_props.trace import Call, Chunk, Expected, Given, Outcome, Rule, Tensors
+from tbptt_props.trace import (
+    Call,
+    Chunk,
+    Difference,
+    Expected,
+    Given,
+    Outcome,
+    Rule,
+    Tensors,
+    time_dimension,
+)
 
 NUDGE = 1e-5  # central differences in float64: truncation error near NUDGE² = 1e-10
 
@@ -36,7 +47,13 @@ def rederive(subject: Subject, chunk: Chunk) -> Expected:
         return Expected(missing="the chunk's tensors were dropped")
     try:
         with _kept_randomness():
-            return _rederived(subject, given, outcome)
+            return _rederived(
+                subject,
+                given,
+                outcome,
+                within_batch=not chunk.starts_batch,
+                time=time_dimension(chunk),
+            )
     except Exception as error:  # whatever a stranger's forward raises outside its loop
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return Expected(missing=f"forward could not be repeated outside training ({reason})")
@@ -51,10 +68,14 @@ def _kept_randomness() -> Iterator[None]:
         set_randomness(before)
 
 
-def _rederived(subject: Subject, given: Given, outcome: Outcome) -> Expected:
+def _rederived(
+    subject: Subject, given: Given, outcome: Outcome, *, within_batch: bool, time: int | None
+) -> Expected:
     module = subject.module
     _load(module, given)
-    predictions, state = _forward(subject, given)
+    incoming = map_tensors(_wanting_gradient, given.calls[0].state)
+    predictions, state = _forward(subject, given, incoming)
+    connected = _connected([*predictions, *leaves(state).values()], leaves(incoming).values())
     trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
     loss, cotangents = _loss(subject, given, predictions, outcome.loss)
     # The gradient of the loss that the subject really had; where that one is wrong, the loss is
@@ -63,7 +84,8 @@ def _rederived(subject: Subject, given: Given, outcome: Outcome) -> Expected:
     known = [g for g in seen if g is not None]
     along = seen if len(known) == len(seen) == len(predictions) else cotangents
     gradients = _pulled_back(predictions, along, trainable)
-    parameters, rule_missing = _updated(module, given, outcome)
+    draws = not torch.equal(torch.get_rng_state(), given.randomness[0])
+    parameters, rule_missing = _updated(outcome)
     slope, autograd_slope, unclear = None, None, ""
     if loss is not None:
         due = gradients if along is cotangents else _pulled_back(predictions, cotangents, trainable)
@@ -78,6 +100,15 @@ def _rederived(subject: Subject, given: Given, outcome: Outcome) -> Expected:
         autograd_slope=autograd_slope,
         slope_unclear=unclear,
         rule_missing=rule_missing,
+        state_matters=(
+            _state_matters(subject, given, predictions, state, connected=connected)
+            if within_batch
+            else None
+        ),
+        draws=draws,
+        in_two=(
+            None if draws or within_batch else _in_two(subject, given, time, predictions, state)
+        ),
     )
 
 
@@ -102,13 +133,11 @@ def _load_values(module: nn.Module, given: Given) -> None:
     set_randomness(given.randomness)
 
 
-def _forward(subject: Subject, given: Given) -> tuple[list[Tensor], Any]:
-    """Repeat the calls of a chunk; only the first one starts from the state that was handed in."""
+def _forward(subject: Subject, given: Given, state: Any) -> tuple[list[Tensor], Any]:
+    """Repeat the calls of a chunk; only the first one starts from a state that was handed in."""
     call_forward = resolve(subject.module, subject.forward)
     predictions: list[Tensor] = []
-    state: Any = None
-    for i, call in enumerate(given.calls):
-        state = value_of(call.state) if i == 0 else state
+    for call in given.calls:
         prediction, state = _repeat(call_forward, call, state)
         predictions.append(prediction)
     return predictions, state
@@ -119,6 +148,81 @@ def _repeat(call_forward: Any, call: Call, state: Any) -> tuple[Tensor, Any]:
     arguments = (value_of(call.x), state) if call.handed else (value_of(call.x),)
     prediction, after = call_forward(*arguments, *positional, **named)
     return prediction, after
+
+
+@torch.no_grad()
+def _in_two(
+    subject: Subject,
+    given: Given,
+    time: int | None,
+    predictions: Sequence[Tensor],
+    state: Any,
+) -> tuple[Difference, ...] | None:
+    """Run the chunk in two parts; return what differs, or None where it need not be the same."""
+    first = given.calls[0]
+    if time is None or len(given.calls) > 1 or not leaves(state):
+        return None
+    steps = first.x.shape[time]
+    whole = predictions[0].detach()
+    positional, named = first.others
+    if steps < 2 or whole.dim() <= time or whole.shape[time] != steps or positional or named:
+        return None
+    _load_values(subject.module, given)
+    call_forward = resolve(subject.module, subject.forward)
+    carried = value_of(first.state)
+    early, late = first.x.split([1, steps - 1], dim=time)
+    before, carried = _repeat(call_forward, replace(first, x=early), carried)
+    # A forward that looks ahead within the chunk, or takes its statistics as batch norm does, and
+    # a state that grows with the time steps, legitimately depend on how the chunk is cut.
+    due, midway = leaves(state), leaves(carried)
+    if [leaf.shape for leaf in due.values()] != [leaf.shape for leaf in midway.values()]:
+        return None
+    if not close(before, whole.narrow(time, 0, 1)):
+        return None
+    _, carried = _repeat(call_forward, replace(first, x=late, handed=True), carried)
+    return tuple(worst(leaves(carried), due))
+
+
+@torch.no_grad()
+def _state_matters(
+    subject: Subject, given: Given, predictions: Sequence[Tensor], state: Any, *, connected: bool
+) -> bool | None:
+    """Tell whether what a chunk does depends on the state it starts from."""
+    first = given.calls[0]
+    if not any(leaf.is_floating_point() for leaf in leaves(first.state).values()):
+        return None
+    if connected:  # it has a path, be it through units that are dead here
+        return True
+    _load_values(subject.module, given)
+    changed, after = _forward(subject, given, map_tensors(_nudged, first.state))
+    if not all(map(same, changed, (p.detach() for p in predictions))):
+        return True
+    return not all(map(same, leaves(after).values(), leaves(state).values()))
+
+
+def _wanting_gradient(tensor: Tensor) -> Tensor:
+    copied = tensor.detach().clone()
+    return copied.requires_grad_() if tensor.is_floating_point() else copied
+
+
+def _connected(outputs: Sequence[Tensor], inputs: Iterable[Tensor]) -> bool:
+    """Tell whether a path of autograd leads from any output to any of the inputs."""
+    wanted = {id(tensor) for tensor in inputs}
+    waiting = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if id(getattr(node, "variable", None)) in wanted:
+            return True
+        for behind, _ in node.next_functions:
+            if behind is not None and behind not in seen:
+                seen.add(behind)
+                waiting.append(behind)
+    return False
+
+
+def _nudged(tensor: Tensor) -> Tensor:
+    return tensor + 0.5 if tensor.is_floating_point() else tensor
 
 
 def _loss(
@@ -226,7 +330,7 @@ def _differenced(
         for name, parameter in trainable.items():
             parameter.copy_(given.parameters[name] + sign * nudge * direction[name])
         _load_values(subject.module, given)
-        predictions, _ = _forward(subject, given)
+        predictions, _ = _forward(subject, given, value_of(given.calls[0].state))
         assert given.target is not None
         whole = _as_trained(subject, given.target, predictions, float("nan"))
         losses.append(float(whole))
@@ -253,17 +357,17 @@ def _custom_function(predictions: Sequence[Tensor]) -> str:
 # The update, by the optimizer's own rule ----------------------------------------------------
 
 
-def _updated(module: nn.Module, given: Given, outcome: Outcome) -> tuple[dict[str, Tensor], str]:
+def _updated(outcome: Outcome) -> tuple[tuple[Tensors, ...], str]:
     """Repeat the updates on copies: the same optimizer, settings, memory and gradients."""
-    if not outcome.rules:
-        return {}, ""
-    copies = {name: nn.Parameter(value.clone()) for name, value in given.parameters.items()}
-    try:
-        for rule in outcome.rules:
+    after: list[Tensors] = []
+    for rule in outcome.rules:
+        copies = {name: nn.Parameter(value.clone()) for name, value in rule.before.items()}
+        try:
             apply_rule(rule, copies)
-    except Exception as error:  # whatever a stranger's optimizer raises out of its place
-        return {}, f"{type(rule.optimizer).__name__} could not be repeated ({error})"
-    return {name: p.detach() for name, p in copies.items()}, ""
+        except Exception as error:  # whatever a stranger's optimizer raises out of its place
+            return (), f"{type(rule.optimizer).__name__} could not be repeated ({error})"
+        after.append({name: p.detach() for name, p in copies.items()})
+    return tuple(after), ""
 
 
 def apply_rule(

@@ -6,49 +6,18 @@ import copy
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
 from tbptt_props.case import Case
+from tbptt_props.contract import Contract
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 
 
 class ObservationError(RuntimeError):
     """The kit cannot describe this subject; the message says what it needs."""
-
-
-@dataclass(frozen=True)
-class Contract:
-    """What the user promises about the loop, where the textbook's default is not it.
-
-    Args:
-        chunk: K, the time steps of each chunk; by default the case's own.
-        tail: whether the last, shorter chunk of a sequence is trained on ("keep") or left out
-            ("drop"). Changes what `chunks_tile_the_sequence` expects.
-
-    Raises:
-        ValueError: `chunk` is below 1, or `tail` is neither word.
-    """
-
-    chunk: int | None = None
-    tail: Literal["keep", "drop"] = "keep"
-
-    def __post_init__(self) -> None:
-        """Refuse promises nobody can keep."""
-        if self.chunk is not None and self.chunk < 1:
-            raise ValueError(f"chunk must be at least 1 time step, got chunk={self.chunk}")
-        if self.tail not in ("keep", "drop"):
-            raise ValueError(f"tail must be 'keep' or 'drop', got tail={self.tail!r}")
-
-    def plan(self, case: Case, steps: int) -> tuple[tuple[int, int], ...]:
-        """Return (start, stop) of each chunk due for a sequence of T = `steps` time steps."""
-        chunk = self.chunk or case.chunk
-        starts = range(0, steps, chunk)
-        spans = tuple((t, min(t + chunk, steps)) for t in starts)
-        whole = tuple((start, stop) for start, stop in spans if stop - start == chunk)
-        return spans if self.tail == "keep" else whole
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from tbptt_props.contract import Contract
+
 Tensors = Mapping[str, Tensor]
 Place = tuple[int, int]  # (sequence, time step) within a batch
 Span = tuple[int, int]  # time steps from the first up to, not including, the second
@@ -66,8 +68,8 @@ class Call:
     x: Any  # inputs, (B, K, I) or any other layout with the features last
     state: Any  # as it was handed in; None where there was none
     others: tuple[tuple[Any, ...], Mapping[str, Any]]  # arguments behind the state
-    prediction: Tensor
-    state_after: Any
+    prediction: Tensor | None = None
+    state_after: Any = None
     attached: bool = False  # the incoming state carries a graph
     handed: bool = True  # a state was handed over at all, be it None
 
@@ -80,6 +82,8 @@ class Rule:
     groups: tuple[Mapping[str, Any], ...]  # settings of each group, its parameters by name
     memory: Mapping[str, Mapping[str, Any]]  # by parameter, as the update before left it
     handed: Tensors  # the gradients it met
+    before: Tensors = field(default_factory=dict)  # the parameters it started from
+    after: Tensors = field(default_factory=dict)  # the parameters it left
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,8 @@ class Given:
     attributes: Mapping[str, Mapping[str, Any]]  # plain attributes, by submodule
     randomness: Any  # the random-number generators' state
     target: Tensor | None  # what the loss is due to compare with; None where not known
+    feeding: frozenset[str] = frozenset()  # parameters that the incoming state is made from
+    repeats: tuple[Any, ...] = ()  # states from which a closure's later evaluations started
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,6 @@ class Outcome:
     loss: float
     cotangents: tuple[Tensor | None, ...]  # the loss's gradient by each call's prediction
     gradients: Tensors  # right after backward
-    parameters: Tensors  # after the update
     rules: tuple[Rule, ...] = ()  # one an update
     events: tuple[Kind, ...] = ("forward", "backward", "update")
     dirty: tuple[str, ...] = ()  # parameters whose gradient was not clear before backward
@@ -118,7 +123,9 @@ class Outcome:
     leaks: tuple[Leak, ...] = ()
     states: tuple[Any, ...] = ()  # outgoing; several where a closure was evaluated again
     backward_through_lightning: bool | None = None  # None: not trained by Lightning
-    updates_through_lightning: int | None = None
+    in_training_mode: bool = True
+    optimizers: tuple[int, ...] = ()  # ids of those that are known to train
+    randomness: Any = None  # of torch, before forward
     complete: bool = True  # backward came to its end
 
 
@@ -134,6 +141,9 @@ class Chunk:
     outcome: Outcome | None = None
     starts_batch: bool = False
     evaluations: int = 1  # how often a closure ran it
+    lanes: tuple[int, ...] = ()  # the sequence in each row of the batch; () where not known
+    pieces: tuple[Span, ...] = ()  # where one backward ran over calls that are cut apart
+    moved: bool = True  # its update changed some parameter
 
     def __str__(self) -> str:
         """Say which chunk this is, in a person's words."""
@@ -145,7 +155,7 @@ class Chunk:
         if self.outcome is None:
             return self
         outcome = replace(
-            self.outcome, cotangents=(), gradients={}, parameters={}, rules=(), moved=()
+            self.outcome, cotangents=(), gradients={}, rules=(), moved=()
         )
         return replace(self, given=None, outcome=outcome)
 
@@ -161,13 +171,16 @@ class Expected:
     loss: float | None = None
     cotangents: tuple[Tensor | None, ...] = ()
     gradients: Tensors = field(default_factory=dict)  # of the loss the subject really had
-    parameters: Tensors = field(default_factory=dict)
+    parameters: tuple[Tensors, ...] = ()  # after each update
     state: Any = None  # after the last call
     slope: float | None = None  # of the loss along a fixed direction, from values alone
     autograd_slope: float | None = None  # the same from the rederived gradients
     slope_unclear: str = ""  # why the slope from values can't be relied upon
     missing: str = ""  # why nothing could be rederived
     rule_missing: str = ""  # why the update could not be repeated
+    state_matters: bool | None = None  # the incoming state has an effect; None: there is none
+    draws: bool = False  # forward draws random numbers
+    in_two: tuple[Difference, ...] | None = None  # run in two parts, what comes out otherwise
 
 
 @dataclass(frozen=True)
@@ -177,6 +190,8 @@ class Link:
     before: Chunk | None
     chunk: Chunk
     expected: Expected
+    plan: tuple[Span, ...] = ()  # the chunks due in this batch
+    contract: Contract = Contract()
 
 
 @dataclass(frozen=True)
@@ -219,6 +234,8 @@ class Trace:
     halt: Halt | None = None
     outlived: tuple[str, ...] = ()  # chunks whose graph was alive when it was due to be gone
     watched: int = 0  # how many chunks' graphs were looked after
+    updates: int = 0  # how many there were
+    counted: int | None = None  # how many Lightning counted; None: not trained by Lightning
     changed: tuple[tuple[int, Difference], ...] = ()  # entries of the caller's batches
     one_chunk: Rerun = Rerun("", missing="it was not run")
     resumed: Rerun = Rerun("", missing="it was not run")
@@ -230,3 +247,18 @@ def spanned(span: Span | None) -> str:
     if span is None:
         return "(not the batch's own)"
     return f"{span[0]}-{span[1] - 1}"
+
+
+def time_dimension(chunk: Chunk) -> int | None:
+    """Return along which dimension of a chunk's inputs time runs, or None where that is unclear."""
+    if chunk.given is None or not chunk.inputs or len(chunk.given.calls) != 1:
+        return None
+    shape = chunk.given.calls[0].x.shape
+    if len(shape) < 2 or shape[0] * shape[1] != len(chunk.inputs):
+        return None
+    sequences, steps = ({place[i] for place in chunk.inputs} for i in (0, 1))
+    if len(steps) == 1:
+        return 0 if shape[0] == 1 else 1
+    if len(sequences) == 1:
+        return 0 if shape[1] == 1 else 1
+    return 0 if chunk.inputs[0][1] == chunk.inputs[1][1] else 1

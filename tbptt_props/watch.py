@@ -16,8 +16,8 @@ import inspect
 import threading
 import weakref
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -29,7 +29,8 @@ from torch.optim.optimizer import (
 )
 
 from tbptt_props.compare import difference, same
-from tbptt_props.places import locate, span_of
+from tbptt_props.aims import targets_of
+from tbptt_props.places import locate, span_of, time_first
 from tbptt_props.process import Hung, Watchdog, randomness
 from tbptt_props.state import leaves, value_of
 from tbptt_props.subject import ObservationError, Subject, resolve
@@ -43,6 +44,7 @@ from tbptt_props.trace import (
     Outcome,
     Place,
     Rule,
+    Span,
     Tensors,
     spanned,
 )
@@ -92,23 +94,25 @@ class _Snapshot:
     randomness: Any
 
 
-@dataclass
+@dataclass(eq=False)
 class _LiveCall:
     """A call of forward, and where its graph lies among all of autograd's nodes."""
 
+    training: bool
     call: Call
     snapshot: _Snapshot
-    opened: int
-    closed: int
     places: Tensor | None
     attached: Mapping[str, int]  # incoming leaves with a graph, and its oldest node
-    canary: weakref.ref[_Canary] | None = None
+    opened: int = 0
+    closed: int = 0
+    canaries: list[weakref.ref[_Canary]] = field(default_factory=list)
     cotangent: Tensor | None = None
+    feeding: frozenset[str] = frozenset()  # parameters from which the incoming state is made
     interrupted: bool = False  # an update came after it and before its backward
     step: object | None = None  # the optimizer step inside which it ran, if any
 
 
-@dataclass
+@dataclass(eq=False)
 class _LiveChunk:
     """A chunk from its backward on, until the next one's."""
 
@@ -119,13 +123,14 @@ class _LiveChunk:
     step: object | None
     leaks: tuple[Leak, ...] = ()
     dirty: tuple[str, ...] = ()
+    mode: bool = True
     loss: float = 0.0
     gradients: Tensors = field(default_factory=dict)
-    parameters: Tensors = field(default_factory=dict)
     rules: list[Rule] = field(default_factory=list)
     updated_by: list[int] = field(default_factory=list)
     moved: list[tuple[str, Difference]] = field(default_factory=list)
     states: list[Any] = field(default_factory=list)
+    repeats: list[Any] = field(default_factory=list)
     through_lightning: bool | None = None
     evaluations: int = 1
     complete: bool = False
@@ -164,17 +169,20 @@ class Watch:
         self.batch = -1
         self.fresh_batch = False
         self.changed: list[tuple[int, Difference]] = []
-        self.live_batch: tuple[Any, Any] | None = None
+        self.live_batch: Any = None
         self.problem: BaseException | None = None
         self.announced: list[int] = []
         self.lightning_updates: Callable[[], int] | None = None
-        self.counted = 0
-        self.stray_backwards = 0
+        self.updates = 0
+        self.tentative: (
+            tuple[list[_LiveCall], list[Tensor | None], list[int], float] | None
+        ) = None
         self.calls_seen = 0
         self.calls_ever = 0
         self.empty_calls = 0
         self.last_state: Any = None
         self.busy = False
+        self.gathered: dict[_LiveCall, Tensor] | None = None
         self.thread = threading.get_ident()
         self.before_call: Callable[[Watch, Tensor | None, Any], None] | None = None
         self.before_batch: Callable[[Watch], None] | None = None
@@ -191,7 +199,7 @@ class Watch:
         self._drop_open_calls()
         self.batch = index
         self.fresh_batch = True
-        self.live_batch = _pair(batch)
+        self.live_batch = batch
         self.calls_seen = 0
         if self.before_batch:
             self.before_batch(self)
@@ -217,7 +225,6 @@ class Watch:
         """Note what is trained with, and the rules by which its optimizers update."""
         self.training = training
         self.lightning_updates = training.updates
-        self.counted = training.updates() if training.updates else 0
         self._note_moves("training began")
         self.initial_rules = [self._rule(optimizer) for optimizer in training.optimizers]
 
@@ -238,8 +245,8 @@ class Watch:
         with contextlib.ExitStack() as undo:
             undo.enter_context(self.watchdog)
             undo.enter_context(self._wrapped_forward())
-            undo.enter_context(self._wrapped_autograd("backward"))
-            undo.enter_context(self._wrapped_autograd("grad"))
+            undo.enter_context(self._wrapped_autograd("backward", self._backward))
+            undo.enter_context(self._wrapped_autograd("grad", self._grad))
             undo.callback(register_optimizer_step_pre_hook(self._before_step).remove)
             undo.callback(register_optimizer_step_post_hook(self._after_step).remove)
             yield
@@ -255,7 +262,7 @@ class Watch:
 
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if self._elsewhere() or not torch.is_grad_enabled() or not self.module.training:
+            if self._elsewhere() or not torch.is_grad_enabled() or self.live_batch is None:
                 return original(*args, **kwargs)
             return self._forward(original, args, kwargs)
 
@@ -269,7 +276,9 @@ class Watch:
                 vars(owner).pop(name, None)
 
     @contextlib.contextmanager
-    def _wrapped_autograd(self, name: str) -> Iterator[None]:
+    def _wrapped_autograd(
+        self, name: str, watched: Callable[[Callable[[], Any], list[Tensor]], Any]
+    ) -> Iterator[None]:
         original = getattr(torch.autograd, name)
 
         @functools.wraps(original)
@@ -278,7 +287,7 @@ class Watch:
             roots = [roots] if isinstance(roots, Tensor) else list(roots or ())
             if self._elsewhere() or not roots:
                 return original(*args, **kwargs)
-            return self._backward(functools.partial(original, *args, **kwargs), roots)
+            return watched(functools.partial(original, *args, **kwargs), roots)
 
         setattr(torch.autograd, name, entry)
         try:
@@ -290,46 +299,58 @@ class Watch:
 
     def _forward(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self.watchdog.fed()
-        arguments = Arguments.of(original, args, kwargs)
-        x = arguments.x
-        self._refuse_to_hang(x)
-        places = self._places(x)
+        with self._own_code():
+            arguments = Arguments.of(original, args, kwargs)
+            self._refuse_to_hang(arguments.x)
+            live = self._opened(arguments)
+        live.opened = torch.autograd._get_sequence_nr()
+        returned = original(*args, **kwargs)
+        live.closed = torch.autograd._get_sequence_nr()
+        prediction, after = self._pair_returned(returned)
+        with self._own_code():
+            self.last_state = value_of(after)
+            live.call = replace(
+                live.call, prediction=prediction.detach(), state_after=self.last_state
+            )
+            if prediction.grad_fn is not None:
+                self._look_after(live, prediction, leaves(after).values())
+                self.open.append(live)
+        return returned
+
+    def _opened(self, arguments: Arguments) -> _LiveCall:
+        """Write down what a call of forward starts from."""
+        places = self._places(arguments.x)
         if self.before_call:
             self.before_call(self, places, arguments)
-        self._note_moves("forward")
-        if self.current:
-            self.current.followed = True
+        if not (self.steps and self.steps[-1][2]):  # an update has begun to move parameters
+            self._note_moves("forward")
         state = arguments.state
-        snapshot = self._snapshot()
         attached = {path: leaf for path, leaf in leaves(state).items() if leaf.grad_fn}
         oldest = {path: min(_numbers([leaf]), default=0) for path, leaf in attached.items()}
-        handed = value_of(x), value_of(state), value_of(arguments.others)
-        opened = torch.autograd._get_sequence_nr()
-        returned = original(*args, **kwargs)
-        closed = torch.autograd._get_sequence_nr()
-        prediction, after = self._pair_returned(returned)
-        live = _LiveCall(
+        return _LiveCall(
+            training=self.module.training,
             call=Call(
-                x=handed[0],
-                state=handed[1],
-                others=handed[2],
-                prediction=prediction.detach(),
-                state_after=value_of(after),
+                x=value_of(arguments.x),
+                state=value_of(state),
+                others=value_of(arguments.others),
                 attached=bool(attached),
                 handed=arguments.has_state,
             ),
-            snapshot=snapshot,
-            opened=opened,
-            closed=closed,
+            snapshot=self._snapshot(),
             places=places,
             attached=oldest,
+            feeding=self._feeding([leaf for leaf in leaves(state).values() if leaf.requires_grad]),
             step=self.steps[-1][0] if self.steps else None,
         )
-        self.last_state = live.call.state_after
-        if prediction.grad_fn is not None:
-            _look_after(live, prediction)
-            self.open.append(live)
-        return returned
+
+    def _feeding(self, state: list[Tensor]) -> frozenset[str]:
+        """Name the parameters that an attached state is made from: a learned initial state."""
+        found = {id(leaf) for leaf in state if leaf.is_leaf}
+        for node in _nodes([leaf for leaf in state if leaf.grad_fn is not None]):
+            variable = getattr(node, "variable", None)
+            if variable is not None:
+                found.add(id(variable))
+        return frozenset(self.names[i] for i in found if i in self.names)
 
     def _refuse_to_hang(self, x: Any) -> None:
         self.calls_seen += 1
@@ -351,7 +372,8 @@ class Watch:
     def _places(self, x: Any) -> Tensor | None:
         if not isinstance(x, Tensor) or not 0 <= self.batch < len(self.pristine):
             return None
-        live = self.live_batch[0] if self.live_batch else None
+        pair = _pair(self.live_batch)
+        live = pair[0] if pair else None
         return locate(x, live, self.pristine[self.batch][0])
 
     def _pair_returned(self, returned: Any) -> tuple[Tensor, Any]:
@@ -384,40 +406,121 @@ class Watch:
 
     def _note_moves(self, until: str) -> None:
         """Look at the parameters; what changed since they were last looked at was no update."""
+        now: dict[str, Tensor] = {}
         for name, parameter in self.module.named_parameters():
             before = self.known.get(name)
             if before is not None and same(parameter, before):
                 continue
-            now = parameter.detach().clone()
-            if before is not None and before.shape == now.shape:
-                moved = difference(name, now, before)
+            now[name] = parameter.detach().clone()
+            if before is not None and before.shape == now[name].shape and self._trained(name):
+                moved = difference(name, now[name], before)
                 self.moves.append((f"between {self.known_when} and {until}", moved))
-            self.known = {**self.known, name: now}
+        if now:
+            self.known = {**self.known, **now}
         self.known_when = until
+
+    def _trained(self, name: str) -> bool:
+        """Tell whether an optimizer reads a parameter, as far as optimizers are known."""
+        owned = {n for optimizer in self.training.optimizers for n in self._owned(optimizer)}
+        return not owned or name in owned
 
     # Backward -------------------------------------------------------------------------------
 
     def _backward(self, run: Callable[[], Any], roots: list[Tensor]) -> Any:
         self.watchdog.fed()
-        numbers = _numbers(roots)
-        through = bool(self.announced) and self.announced[-1] in map(id, roots)
-        self.announced.clear()
-        chunk = self._chunk_of(numbers)
+        with self._own_code():
+            numbers = _numbers(roots)
+            through = bool(self.announced) and self.announced[-1] in map(id, roots)
+            self.announced.clear()
+            self.tentative = None
+            chunk = self._chunk_of(numbers)
         if chunk is None:
-            self.stray_backwards += 1
             return run()
         self._refuse_odd_losses(roots)
-        first = not chunk.complete
-        repeated = chunk.step is not None and not first and chunk.evaluations > 1
         if self.lightning_updates is not None:
             chunk.through_lightning = through and chunk.through_lightning is not False
-        result = run()
-        if not repeated:
-            chunk.loss += sum(float(root.detach()) for root in roots)
-            chunk.gradients = self._gradients(handed=None)
-            chunk.complete = True
-        chunk.events.append("backward")
+        with self._gathering() as gathered:
+            result = run()
+        with self._own_code():
+            if chunk.evaluations == 1:
+                for call, cotangent in gathered.items():
+                    before = call.cotangent
+                    call.cotangent = cotangent if before is None else before + cotangent
+                chunk.loss += sum(float(root.detach()) for root in roots)
+                chunk.gradients = self._gradients(handed=None)
+                chunk.complete = True
+            chunk.events.append("backward")
         return result
+
+    def _grad(self, run: Callable[[], Any], roots: list[Tensor]) -> Any:
+        """Watch a call that returns gradients: if an update follows, it was the backward."""
+        self.watchdog.fed()
+        with self._own_code():
+            numbers = _numbers(roots)
+            calls = [c for c in self.open if _any_within(numbers, c.opened, c.closed)]
+        with self._gathering() as gathered:
+            result = run()
+        with self._own_code():
+            loss = sum(float(root.detach().sum()) for root in roots)
+            if calls:
+                cotangents = [gathered.get(call) for call in calls]
+                self.tentative = (calls, cotangents, numbers, loss)
+        return result
+
+    @contextlib.contextmanager
+    def _gathering(self) -> Iterator[dict[_LiveCall, Tensor]]:
+        """Gather the loss's gradient by each prediction while autograd runs."""
+        self.gathered = {}
+        try:
+            yield self.gathered
+        finally:
+            self.gathered = None
+
+    def _look_after(self, live: _LiveCall, prediction: Tensor, after: Iterable[Tensor]) -> None:
+        """Hang canaries into the graph of a call, and be told of the gradient by its prediction."""
+        for tensor in (prediction, *after):
+            if tensor.grad_fn is not None:
+                canary = _Canary()
+                tensor.grad_fn.metadata["tbptt"] = canary
+                live.canaries.append(weakref.ref(canary))
+
+        def take(cotangent: Tensor) -> None:
+            if self.gathered is not None and not self.busy:
+                before = self.gathered.get(live)
+                taken = cotangent.detach().clone()
+                self.gathered[live] = taken if before is None else before + taken
+
+        prediction.register_hook(take)
+
+    def _take_tentative(self) -> None:
+        """Begin a chunk from gradients that were asked for and not accumulated by backward."""
+        tentative, self.tentative = self.tentative, None
+        if tentative is None or not all(call in self.open for call in tentative[0]):
+            return
+        calls, cotangents, numbers, loss = tentative
+        chunk = self._chunk_of(numbers)
+        if chunk is None:
+            return
+        for call, cotangent in zip(calls, cotangents, strict=True):
+            call.cotangent = cotangent
+        chunk.events.append("backward")
+        chunk.dirty = ()  # they were put in the place of whatever was there
+        chunk.loss = loss
+        chunk.gradients = self._gradients(handed=None)
+        chunk.complete = True
+        if self.lightning_updates is not None:
+            chunk.through_lightning = False
+
+    @contextlib.contextmanager
+    def _own_code(self) -> Iterator[None]:
+        """Keep what goes wrong in here: it is no fault of the subject's."""
+        try:
+            yield
+        except (Hung, ObservationError):
+            raise
+        except BaseException as error:
+            self.problem = error
+            raise
 
     def _refuse_odd_losses(self, roots: list[Tensor]) -> None:
         for root in roots:
@@ -442,6 +545,7 @@ class Watch:
         if again and self.current is not None:
             self.current.evaluations += 1
             self.current.states.append(reached[-1].call.state_after)
+            self.current.repeats.append(reached[0].call.state)
             self.horizon = max(self.horizon, self.current.calls[-1].closed)
             return self.current
         return self._begin_chunk(reached, numbers, step)
@@ -468,6 +572,7 @@ class Watch:
                 if p.grad is not None and bool(p.grad.any())
             ),
             rules=[rule for _, rule in early],
+            mode=all(call.training for call in calls),
             updated_by=[id(optimizer) for optimizer, _ in early],
             moved=followed,
             states=[calls[-1].call.state_after],
@@ -506,6 +611,10 @@ class Watch:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         if self._elsewhere() or not self._owned(optimizer):
             return None
+        with self._own_code():
+            return self._met(optimizer, args, kwargs)
+
+    def _met(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         self.watchdog.fed()
         rules: list[Rule] = []
         self.steps.append((object(), optimizer, rules))
@@ -516,7 +625,8 @@ class Watch:
 
         def watched_closure() -> Any:
             result = closure()
-            rules.append(self._rule(optimizer))
+            if not rules:  # what comes after is moved by the update itself
+                rules.append(self._rule(optimizer))
             return result
 
         if len(args) > 1:
@@ -533,6 +643,7 @@ class Watch:
 
     def _rule(self, optimizer: Optimizer) -> Rule:
         """Write down what an update is about to go by."""
+        self._take_tentative()
         self._note_moves("the update")
         names = set(self._owned(optimizer))
         known = self.current.gradients if self.current else None
@@ -545,6 +656,7 @@ class Watch:
             ),
             memory=self._remembered(optimizer),
             handed={name: g for name, g in gradients.items() if name in names},
+            before=self.known,
         )
 
     def _remembered(self, optimizer: Optimizer) -> dict[str, Mapping[str, Any]]:
@@ -561,21 +673,28 @@ class Watch:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._elsewhere() or not self.steps or self.steps[-1][1] is not optimizer:
             return
+        with self._own_code():
+            self._made(optimizer)
+
+    def _made(self, optimizer: Optimizer) -> None:
         _, _, rules = self.steps.pop()
         rule = rules[-1] if rules else self._rule(optimizer)
+        self.updates += 1
         for group in optimizer.param_groups:
             for p in group["params"]:
                 memory = value_of(dict(optimizer.state.get(p, {})))
                 self.memory[id(p)] = (type(optimizer), memory)
         self._take_parameters()
-        self._attribute(optimizer, rule)
+        self._attribute(optimizer, replace(rule, after=self.known))
 
     def _take_parameters(self) -> None:
         """Look at the parameters right after an update, which may move them."""
-        for name, parameter in self.module.named_parameters():
-            before = self.known.get(name)
-            if before is None or not same(parameter, before):
-                self.known = {**self.known, name: parameter.detach().clone()}
+        now = {
+            name: parameter.detach().clone()
+            for name, parameter in self.module.named_parameters()
+            if name not in self.known or not same(parameter, self.known[name])
+        }
+        self.known = {**self.known, **now}
         self.known_when = "the update"
 
     def _attribute(self, optimizer: Optimizer, rule: Rule) -> None:
@@ -592,7 +711,6 @@ class Watch:
         chunk.events.append("update")
         chunk.rules.append(rule)
         chunk.updated_by.append(id(optimizer))
-        chunk.parameters = self.known
         chunk.moved.extend(self.moves)
         self.moves = []
 
@@ -609,7 +727,7 @@ class Watch:
         chunk = self._chunk(live)
         self.consumed = [*self.consumed[-8:], (live.calls[0].opened, last.closed, str(chunk))]
         self.horizon = max(self.horizon, last.closed)
-        canaries = [call.canary for call in live.calls if call.canary]
+        canaries = [canary for call in live.calls for canary in call.canaries]
         self.graphs.append((str(chunk), canaries))
         self.first = None if self.closed else chunk
         self.closed.append(chunk.slim())
@@ -628,8 +746,9 @@ class Watch:
     def _note_graphs(self, *, allowed: int) -> None:
         """Look whether graphs live on that are due to be gone: all but the last `allowed`."""
         due = self.graphs[: len(self.graphs) - allowed]
+        if _alive(due) and not self.outlived:
+            gc.collect(1)  # only a cycle may be holding it, and a young one: nobody's mistake
         if _alive(due):
-            gc.collect()  # only a cycle may be holding it, which is nobody's mistake
             self.outlived.extend(label for label, _ in _alive(due))
         self.graphs = self.graphs[len(due) :]
 
@@ -637,11 +756,11 @@ class Watch:
         first = live.calls[0]
         places = _joined(live.calls)
         target = self._target(live, places)
-        updates = self._counted_by_lightning()
         return Chunk(
             batch=live.batch,
             span=span_of(places),
             inputs=_as_places(places),
+            targets=self._targets(live, places),
             given=Given(
                 calls=tuple(call.call for call in live.calls),
                 parameters=first.snapshot.parameters,
@@ -650,12 +769,13 @@ class Watch:
                 attributes=first.snapshot.attributes,
                 randomness=first.snapshot.randomness,
                 target=target,
+                feeding=first.feeding,
+                repeats=tuple(live.repeats),
             ),
             outcome=Outcome(
                 loss=live.loss,
                 cotangents=tuple(call.cotangent for call in live.calls),
                 gradients=live.gradients,
-                parameters=live.parameters,
                 rules=tuple(live.rules),
                 events=tuple(live.events),
                 dirty=live.dirty,
@@ -663,38 +783,45 @@ class Watch:
                 leaks=live.leaks,
                 states=tuple(live.states),
                 backward_through_lightning=live.through_lightning,
-                updates_through_lightning=updates,
+                in_training_mode=live.mode,
+                optimizers=tuple(id(optimizer) for optimizer in self.training.optimizers),
+                randomness=first.snapshot.randomness[0],
                 complete=live.complete,
             ),
             starts_batch=live.starts_batch,
             evaluations=live.evaluations,
+            pieces=_pieces(live.calls),
+            lanes=_lanes(places),
+            moved=_has_moved(live.rules),
         )
-
-    def _counted_by_lightning(self) -> int | None:
-        if self.lightning_updates is None:
-            return None
-        total = self.lightning_updates()
-        new, self.counted = total - self.counted, total
-        return new
 
     def _target(self, live: _LiveChunk, places: Tensor | None) -> Tensor | None:
         """Return the targets at the places that were fed, laid out as the inputs were."""
         if places is None or not 0 <= live.batch < len(self.pristine):
             return None
         y = self.pristine[live.batch][1]
-        if y.dim() < 2:
+        if bool((places < 0).any()):
             return None
         return y[places[..., 0], places[..., 1]]
 
+    def _targets(self, live: _LiveChunk, places: Tensor | None) -> tuple[Place, ...] | None:
+        """Tell which targets the loss looked at; None where that is not known."""
+        if places is None or not live.complete or len(live.calls) != 1 or bool((places < 0).any()):
+            return None
+        call = live.calls[0]
+        y = self.pristine[live.batch][1]
+        prediction = call.call.prediction
+        return targets_of(self.subject.loss, prediction, call.cotangent, live.loss, y, places)
+
     def _note_changes(self, index: int) -> None:
-        if self.live_batch is None or not 0 <= index < len(self.pristine):
+        pair, self.live_batch = _pair(self.live_batch), None
+        if pair is None or not 0 <= index < len(self.pristine):
             return
         for name, now, before in zip(
-            ("inputs", "targets"), self.live_batch, self.pristine[index], strict=True
+            ("inputs", "targets"), pair, self.pristine[index], strict=True
         ):
             if isinstance(now, Tensor) and now.shape == before.shape and not same(now, before):
                 self.changed.append((index, difference(name, now, before)))
-        self.live_batch = None
 
 
 @dataclass(frozen=True)
@@ -757,20 +884,6 @@ def plain_attributes(module: nn.Module) -> dict[str, dict[str, Any]]:
     }
 
 
-def _look_after(live: _LiveCall, prediction: Tensor) -> None:
-    """Hang a canary into the graph of `prediction`, and take the loss's gradient by it."""
-    canary = _Canary()
-    assert prediction.grad_fn is not None
-    prediction.grad_fn.metadata["tbptt"] = canary
-    live.canary = weakref.ref(canary)
-
-    def take(cotangent: Tensor) -> None:
-        taken = cotangent.detach()
-        live.cotangent = taken.clone() if live.cotangent is None else live.cotangent + taken
-
-    prediction.register_hook(take)
-
-
 def _alive(
     graphs: Sequence[tuple[str, list[weakref.ref[_Canary]]]],
 ) -> list[tuple[str, list[weakref.ref[_Canary]]]]:
@@ -779,6 +892,12 @@ def _alive(
 
 def _numbers(roots: Sequence[Tensor]) -> list[int]:
     """Return the sequence numbers of all nodes behind `roots`, sorted; parameters have none."""
+    numbers = (node._sequence_nr() for node in _nodes(roots))
+    return sorted(number for number in numbers if number < PARAMETER_NODE)
+
+
+def _nodes(roots: Sequence[Tensor]) -> set[Any]:
+    """Return all of autograd's nodes behind `roots`."""
     waiting = [root.grad_fn for root in roots if root.grad_fn is not None]
     seen = set(waiting)
     while waiting:
@@ -786,8 +905,7 @@ def _numbers(roots: Sequence[Tensor]) -> list[int]:
             if node is not None and node not in seen:
                 seen.add(node)
                 waiting.append(node)
-    numbers = (node._sequence_nr() for node in seen)
-    return sorted(number for number in numbers if number < PARAMETER_NODE)
+    return seen
 
 
 def _any_within(numbers: list[int], low: int, high: int) -> bool:
@@ -811,11 +929,35 @@ def _joined(calls: list[_LiveCall]) -> Tensor | None:
     return torch.cat(found, dim=dim) if len(others) == 1 else None
 
 
-def time_first(places: Tensor) -> bool:
-    """Tell whether inputs at these places have time before sequences."""
-    return bool(places.dim() == 3 and (places[0, :, 1] == places[0, :1, 1]).all()) and bool(
-        places.shape[1] > 1 or places.shape[0] > 1 and bool((places[1:, 0, 1] != places[0, 0, 1]).all())
-    )
+def _lanes(places: Tensor | None) -> tuple[int, ...]:
+    """Return the sequence in each row; () where rows are not of one sequence each."""
+    if places is None or places.dim() != 3:
+        return ()
+    rows = places.transpose(0, 1) if time_first(places) else places
+    if bool((rows[:, :, 0] != rows[:, :1, 0]).any()):
+        return ()
+    return tuple(int(sequence) for sequence in rows[:, 0, 0])
+
+
+def _has_moved(rules: list[Rule]) -> bool:
+    """Tell whether updates moved a parameter, which is due if there was any gradient."""
+    if not any(bool(g.any()) for rule in rules for g in rule.handed.values()):
+        return True
+    return any(not same(rule.before[n], rule.after[n]) for rule in rules for n in rule.before)
+
+
+def _pieces(calls: list[_LiveCall]) -> tuple[Span, ...]:
+    """Return the time steps of each run of calls that hang together by their state."""
+    pieces: list[Span] = []
+    for i, call in enumerate(calls):
+        span = span_of(call.places)
+        if span is None:
+            return ()
+        if i and call.call.attached:
+            pieces[-1] = (min(pieces[-1][0], span[0]), max(pieces[-1][1], span[1]))
+        else:
+            pieces.append(span)
+    return tuple(pieces)
 
 
 def _named(chunk: _LiveChunk) -> str:

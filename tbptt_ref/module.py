@@ -70,7 +70,7 @@ class TruncatedRNN(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Learn from (B, T, I) inputs and (B, T, O) targets, one chunk after another."""
         state: State = None  # every batch starts its sequences afresh
-        total = torch.zeros((), device=self.device)
+        total = batch[0].new_zeros(())
         for x, y in self.chunks(*batch):
             loss, state = self.train_chunk(x, y, state)
             total += loss * x.shape[1]
@@ -79,7 +79,7 @@ class TruncatedRNN(LightningModule):
 
     def chunks(self, x: Tensor, y: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """Cut both sequences along time into chunks of K time steps, the last one shorter."""
-        return zip(x.split(self.chunk, dim=1), y.split(self.chunk, dim=1), strict=True)
+        return zip(*(torch.split(part, self.chunk, dim=1) for part in (x, y)), strict=True)
 
     def train_chunk(self, x: Tensor, y: Tensor, state: State) -> tuple[Tensor, State]:
         """Make one update; return the chunk's loss, and its state as a value without a past."""

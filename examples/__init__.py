@@ -1,0 +1,1 @@
+"""Loops to judge: one that is right, and one that Lightning's documentation shows."""

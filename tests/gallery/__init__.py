@@ -1,0 +1,1 @@
+"""Training loops as strangers write them: right, wrong, and right but wired otherwise."""
