@@ -94,6 +94,21 @@ def _scaled_down(before: Tensor, after: Tensor) -> bool:
     return bool(0 < factor < 1) and close(after, before * factor)
 
 
+def scaling(gradients: Tensors, handed: Tensors) -> tuple[float, float]:
+    """Return the one factor by which all gradients were shrunk, and their joint norm after it.
+
+    The factor is 1 where there is no one such factor, or where there are no gradients.
+    """
+    changed = [n for n, g in handed.items() if n in gradients and not same(g, gradients[n])]
+    if not changed:
+        return 1.0, 0.0
+    after = torch.cat([handed[name].flatten() for name in handed if name in gradients])
+    before = torch.cat([gradients[name].flatten() for name in handed if name in gradients])
+    if not bool(before.any()) or not _scaled_down(before, after):
+        return 1.0, 0.0
+    return float(after.norm() / before.norm()), float(after.norm())
+
+
 def clipped(gradients: Tensors, *, norm: float | None, value: float | None) -> Tensors:
     """Return gradients clipped by their joint norm, or entry by entry; or as they are."""
     if value is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from tbptt_props import laws
 from tbptt_props.case import Case
 from tbptt_props.process import Hung, undisturbed
 from tbptt_props.subject import Batches, ObservationError, Subject
-from tbptt_props.trace import Chunk, Halt, Trace
+from tbptt_props.trace import Chunk, Halt, Span, Trace
 from tbptt_props.train import train
 from tbptt_props.watch import Watch
 
@@ -67,7 +67,8 @@ def run(fresh: Fresh, case: Case, hand_on: Callable[[Chunk], None]) -> Trace:
         watch.finished()
     if watch.problem is not None:
         raise watch.problem
-    _refuse_unseen(subject, watch, halt, case)
+    if not watch.closed and not halt and not _small(case, plan):
+        _refuse_unseen(subject, watch)
     trace = Trace(
         sizes=tuple((x.shape[0], x.shape[1]) for x, _ in batches),
         plan=plan,
@@ -126,14 +127,16 @@ def _usable(index: int, batch: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Ten
     return tuple(t.to(floating) if t.is_floating_point() else t for t in (x, y))  # type: ignore[return-value]
 
 
-def _refuse_unseen(subject: Subject, watch: Watch, halt: Halt | None, case: Case) -> None:
-    """Refuse a run in which there was nothing to describe, unless that it raised says it all.
+def _small(case: Case, plan: Sequence[Sequence[Span]]) -> bool:
+    """Tell whether a loop may have found nothing to train on, which is a finding.
 
-    A loop that has nothing to train on where a chunk or sequence is a single time step, because
-    it shifts its targets inside the chunk, say, is a finding.
+    It may drop all but whole chunks, or shift its targets inside a chunk of one time step.
     """
-    if watch.closed or halt or 1 in (case.chunk, case.steps):
-        return
+    return case.chunk == 1 or all(len(chunks) == 1 for chunks in plan)
+
+
+def _refuse_unseen(subject: Subject, watch: Watch) -> None:
+    """Refuse a run in which there was nothing to describe."""
     kind = type(subject.module).__name__
     if getattr(subject.module, "automatic_optimization", False):
         raise ObservationError(

@@ -220,7 +220,9 @@ def gradients_span_the_whole_chunk(link: Link) -> Iterator[Finding]:
             where = f"{link.chunk}, state at time step {after[0]}"
             yield Violation(where, f"cut from time steps {spanned(before)}", "attached to them")
             return
-    if due.slope is None or due.autograd_slope is None:
+    if len(link.chunk.pieces) > 1:
+        yield NotJudged("one backward per chunk")
+    elif due.slope is None or due.autograd_slope is None:
         yield NotJudged(due.slope_unclear or due.missing or "a loss that is known")
     elif not near_slope(due.autograd_slope, due.slope):
         where = f"{link.chunk}, slope of the loss by its gradients"
@@ -269,9 +271,9 @@ def each_chunk_updates_once(link: Link) -> Iterator[Finding]:
         yield Violation(f"{link.chunk}, updates", f"1 for the chunks {_listed(pieces)}", "1 each")
         return
     counts = Counter(id(rule.optimizer) for rule in outcome.rules)
-    if counts and outcome.optimizers:
-        for i, optimizer in enumerate(outcome.optimizers):
-            if not counts[optimizer]:
+    if counts:
+        for i, parameters in enumerate(outcome.optimizers):
+            if not parameters & _updated(outcome):
                 yield Violation(f"{link.chunk}, updates of optimizer {i}", "0", "1")
     for count in sorted({0} if not counts else {*counts.values()} - {1}):
         yield Violation(f"{link.chunk}, updates", str(count), "1")
@@ -540,6 +542,14 @@ def _changed_on_the_way(link: Link) -> Iterator[Finding]:
     outcome, contract = _outcome(link), link.contract
     if link.chunk.evaluations > 1 or _cleared(outcome):
         return
+    earlier = link.before.outcome.scaled if link.before and link.before.outcome else ()
+    for (factor, norm), (other_factor, other_norm) in zip(outcome.scaled, earlier, strict=False):
+        # Clipping by norm shrinks to one and the same norm; what shrinks to two is no clipping.
+        if factor < 1 and other_factor < 1 and abs(norm - other_norm) > 1e-3 * norm:
+            where = f"{link.chunk}, gradients at the update"
+            found = f"scaled by {factor:.6g}, to norm {norm:.6g} after norm {other_norm:.6g}"
+            yield Violation(where, found, "as backward left them, or clipped to one norm")
+            return
     promised = contract.clip_norm is not None or contract.clip_value is not None
     for rule in outcome.rules:
         names = {name for group in rule.groups for name in group["params"]}

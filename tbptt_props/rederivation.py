@@ -11,7 +11,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,8 @@ def _rederived(
     predictions, state = _forward(subject, given, incoming)
     connected = _connected([*predictions, *leaves(state).values()], leaves(incoming).values())
     trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    loss, cotangents = _loss(subject, given, predictions, outcome.loss)
+    form = _form_of(subject, given, predictions, outcome.loss)
+    loss, cotangents = _loss(subject, given, predictions, form)
     # The gradient of the loss that the subject really had; where that one is wrong, the loss is
     # to blame and not the gradient.
     seen = outcome.cotangents
@@ -89,7 +90,9 @@ def _rederived(
     slope, autograd_slope, unclear = None, None, ""
     if loss is not None:
         due = gradients if along is cotangents else _pulled_back(predictions, cotangents, trainable)
-        slope, autograd_slope, unclear = _slopes(subject, given, predictions, trainable, due)
+        slope, autograd_slope, unclear = _slopes(
+            subject, given, predictions, trainable, due, form
+        )
     return Expected(
         loss=None if loss is None else float(loss.detach()),
         cotangents=tuple(cotangents),
@@ -137,7 +140,9 @@ def _forward(subject: Subject, given: Given, state: Any) -> tuple[list[Tensor], 
     """Repeat the calls of a chunk; only the first one starts from a state that was handed in."""
     call_forward = resolve(subject.module, subject.forward)
     predictions: list[Tensor] = []
-    for call in given.calls:
+    for i, call in enumerate(given.calls):
+        if i and not call.attached:  # cut by the loop: whether it should be is judged elsewhere
+            state = value_of(state)
         prediction, state = _repeat(call_forward, call, state)
         predictions.append(prediction)
     return predictions, state
@@ -170,14 +175,15 @@ def _in_two(
     _load_values(subject.module, given)
     call_forward = resolve(subject.module, subject.forward)
     carried = value_of(first.state)
-    early, late = first.x.split([1, steps - 1], dim=time)
+    part = 1 if steps < 4 else 2  # two time steps, for a forward that treats a single one apart
+    early, late = first.x.split([part, steps - part], dim=time)
     before, carried = _repeat(call_forward, replace(first, x=early), carried)
     # A forward that looks ahead within the chunk, or takes its statistics as batch norm does, and
     # a state that grows with the time steps, legitimately depend on how the chunk is cut.
     due, midway = leaves(state), leaves(carried)
     if [leaf.shape for leaf in due.values()] != [leaf.shape for leaf in midway.values()]:
         return None
-    if not close(before, whole.narrow(time, 0, 1)):
+    if not close(before, whole.narrow(time, 0, part)):
         return None
     _, carried = _repeat(call_forward, replace(first, x=late, handed=True), carried)
     return tuple(worst(leaves(carried), due))
@@ -226,23 +232,38 @@ def _nudged(tensor: Tensor) -> Tensor:
 
 
 def _loss(
-    subject: Subject, given: Given, predictions: Sequence[Tensor], found: float
+    subject: Subject, given: Given, predictions: Sequence[Tensor], form: Form
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Return the chunk's loss, and its gradient by each prediction; None where it isn't known."""
     if given.target is None:
         return None, [None] * len(predictions)
-    loss = _as_trained(subject, given.target, predictions, found)
+    loss = _as_trained(subject, given.target, predictions, form)
     grads = torch.autograd.grad(loss, list(predictions), retain_graph=True, allow_unused=True)
     return loss, list(grads)
 
 
-def _as_trained(
-    subject: Subject, target: Tensor, predictions: Sequence[Tensor], found: float
-) -> Tensor:
-    """Compute the loss over the chunk; called once a time step, over each step as well.
+Form = Literal["whole", "mean", "sum"]
 
-    A loop over time steps may average or sum its losses: both are the chunk's own.
+
+@torch.no_grad()
+def _form_of(
+    subject: Subject, given: Given, predictions: Sequence[Tensor], found: float
+) -> Form:
+    """Tell how a loop that calls forward several times a chunk puts its loss together.
+
+    It may take the loss of all predictions, or the mean or sum of each call's: all are its own.
     """
+    if len(predictions) == 1 or given.target is None:
+        return "whole"
+    forms: tuple[Form, ...] = ("whole", "mean", "sum")
+    losses = {form: _as_trained(subject, given.target, predictions, form) for form in forms}
+    return next((form for form in forms if near(float(losses[form]), found)), "whole")
+
+
+def _as_trained(
+    subject: Subject, target: Tensor, predictions: Sequence[Tensor], form: Form
+) -> Tensor:
+    """Compute the loss over the chunk, put together in this form."""
     if len(predictions) == 1:
         return subject.loss(predictions[0], target)
     if all(p.dim() == 2 for p in predictions):
@@ -252,12 +273,10 @@ def _as_trained(
         lengths = [p.shape[1] for p in predictions]
         pieces = list(target.split(lengths, dim=1))
         whole = torch.cat(list(predictions), dim=1)
-    losses = [subject.loss(p, y) for p, y in zip(predictions, pieces, strict=True)]
-    total = torch.stack(losses).sum()
-    for candidate in (subject.loss(whole, target), total / len(losses), total):
-        if near(float(candidate.detach()), found):
-            return candidate
-    return subject.loss(whole, target)
+    if form == "whole":
+        return subject.loss(whole, target)
+    losses = torch.stack([subject.loss(p, y) for p, y in zip(predictions, pieces, strict=True)])
+    return losses.mean() if form == "mean" else losses.sum()
 
 
 def _pulled_back(
@@ -285,6 +304,7 @@ def _slopes(
     predictions: Sequence[Tensor],
     trainable: Mapping[str, nn.Parameter],
     gradients: Tensors,
+    form: Form,
 ) -> tuple[float | None, float | None, str]:
     """Difference the loss along one direction, and take autograd's word for the same."""
     custom = _custom_function(predictions)
@@ -294,11 +314,11 @@ def _slopes(
         return None, None, "values in less than float64 are too coarse to difference"
     direction = _direction(trainable)
     told = sum(float((gradients[n] * v).sum()) for n, v in direction.items() if n in gradients)
-    wide = _differenced(subject, given, trainable, direction, NUDGE)
+    wide = _differenced(subject, given, trainable, direction, NUDGE, form)
     if _agree(wide, told):
         return wide, told, ""
     # A kink within the nudge (relu, clamp) shows as two nudges that disagree with each other.
-    narrow = _differenced(subject, given, trainable, direction, NUDGE / 4)
+    narrow = _differenced(subject, given, trainable, direction, NUDGE / 4, form)
     if not _agree(wide, narrow):
         return None, None, "the loss has a kink close by"
     return wide, told, ""
@@ -324,6 +344,7 @@ def _differenced(
     trainable: Mapping[str, nn.Parameter],
     direction: Tensors,
     nudge: float,
+    form: Form,
 ) -> float:
     losses = []
     for sign in (1, -1):
@@ -332,7 +353,7 @@ def _differenced(
         _load_values(subject.module, given)
         predictions, _ = _forward(subject, given, value_of(given.calls[0].state))
         assert given.target is not None
-        whole = _as_trained(subject, given.target, predictions, float("nan"))
+        whole = _as_trained(subject, given.target, predictions, form)
         losses.append(float(whole))
     for name, parameter in trainable.items():
         parameter.copy_(given.parameters[name])

@@ -124,7 +124,8 @@ class Outcome:
     states: tuple[Any, ...] = ()  # outgoing; several where a closure was evaluated again
     backward_through_lightning: bool | None = None  # None: not trained by Lightning
     in_training_mode: bool = True
-    optimizers: tuple[int, ...] = ()  # ids of those that are known to train
+    scaled: tuple[tuple[float, float], ...] = ()  # by what, to which norm, before each update
+    optimizers: tuple[frozenset[str], ...] = ()  # parameters of each that is known to train
     randomness: Any = None  # of torch, before forward
     complete: bool = True  # backward came to its end
 

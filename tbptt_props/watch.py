@@ -28,7 +28,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from tbptt_props.compare import difference, same
+from tbptt_props.compare import difference, same, scaling
 from tbptt_props.aims import targets_of
 from tbptt_props.places import locate, span_of, time_first
 from tbptt_props.process import Hung, Watchdog, randomness
@@ -784,7 +784,8 @@ class Watch:
                 states=tuple(live.states),
                 backward_through_lightning=live.through_lightning,
                 in_training_mode=live.mode,
-                optimizers=tuple(id(optimizer) for optimizer in self.training.optimizers),
+                scaled=tuple(scaling(live.gradients, rule.handed) for rule in live.rules),
+                optimizers=tuple(frozenset(self._owned(o)) for o in self.training.optimizers),
                 randomness=first.snapshot.randomness[0],
                 complete=live.complete,
             ),

@@ -188,7 +188,6 @@ FAULTS: tuple[Fault, ...] = (
     Fault(faults_update.ForgetsTheMomentum, ("two updates",), optimizer=MOMENTUM),
     Fault(faults_update.MakesAnOptimizerPerChunk, ("two updates",), optimizer=MOMENTUM),
     Fault(faults_update.LearnsAtRateZero),
-    Fault(faults_update.LeavesOutTheReadout),
     Fault(faults_update.UpdatesByHand, ("two updates",), optimizer=MOMENTUM),
     Fault(faults_update.ClampsParameters),
     Fault(faults_update.DecaysParameters),
@@ -213,7 +212,6 @@ FAULTS: tuple[Fault, ...] = (
     Fault(faults_side_effects.KeepsLosses, ("two updates",)),
     Fault(faults_side_effects.KeepsPredictions, ("two updates",)),
     Fault(faults_side_effects.KeepsStates, ("two updates",)),
-    Fault(faults_side_effects.RetainsTheGraph),
     # Overwritten, left switched, asked of Lightning, or refused.
     Fault(faults_side_effects.ScalesTheBatch),
     Fault(faults_side_effects.LeavesResidualsInTheBatch),

@@ -72,22 +72,6 @@ class KeepsStates(TruncatedRNN):
         return prediction, state
 
 
-class RetainsTheGraph(TruncatedRNN):
-    """Detaches the state, and passes a needless `retain_graph=True` all the same."""
-
-    def train_chunk(self, x: Tensor, y: Tensor, state: State) -> tuple[Tensor, State]:
-        optimizer: Any = self.optimizers()
-        optimizer.zero_grad()
-        prediction, state = self(x, state)
-        loss = self.loss(prediction, y)
-        self.manual_backward(loss, retain_graph=True)
-        optimizer.step()
-        return loss.detach(), detached(state)
-
-
-# What it overwrites, and what it leaves switched.
-
-
 class ScalesTheBatch(TruncatedRNN):
     """Scales the inputs in place: whoever else holds the batch has them scaled too."""
 

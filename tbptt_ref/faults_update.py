@@ -264,13 +264,6 @@ class LearnsAtRateZero(TruncatedRNN):
         return optimizer
 
 
-class LeavesOutTheReadout(TruncatedRNN):
-    """Hands the optimizer the core's parameters alone."""
-
-    def configure_optimizers(self) -> Any:
-        return self.make_optimizer(self.core.parameters())
-
-
 class UpdatesByHand(TruncatedRNN):
     """Takes the gradient off the parameters itself: no momentum, and Lightning counts no update."""
 

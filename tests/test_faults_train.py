@@ -114,7 +114,6 @@ SIDE_EFFECTS = {
     "KeepsLosses": "graphs",
     "KeepsPredictions": "graphs",
     "KeepsStates": "graphs",
-    "RetainsTheGraph": "retained",
     "LeavesResidualsInTheBatch": "batches",
 }
 
