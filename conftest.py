@@ -3,6 +3,8 @@
 import torch
 from hypothesis import HealthCheck, settings
 
+pytest_plugins = ["pytester"]
+
 # One thread: the sizes are tiny, and a second thread may change the order of a sum.
 torch.set_num_threads(1)
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, order=True)
 class Case:
-    """One problem: `batches` batches of B = `batch` sequences of T = `steps`, cut every K = `chunk`.
+    """One problem: `batches` batches of B = `batch` sequences, T = `steps` cut every K = `chunk`.
 
     Only integers, so the repr is the reproduction. An odd seed makes each batch one sequence
     smaller than the one before it, and a seed whose bit 1 is set (2, 3, 6, 7, ...) makes each batch

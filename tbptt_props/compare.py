@@ -41,6 +41,8 @@ def close(found: Tensor, due: Tensor) -> bool:
     """Tell whether `found` is what was due, but for the order of sums."""
     if found.shape != due.shape:
         return False
+    if found.dtype == due.dtype and torch.equal(found, due):  # by far the commonest, and cheap
+        return True
     return torch.allclose(found, due, **_tolerance(found), equal_nan=True)
 
 

@@ -146,7 +146,10 @@ def _judge(
 
         def judge_link(chunk: Chunk) -> None:
             link = Link(
-                before[-1] if before else None, chunk, rederive(twin, chunk), plans[chunk.batch],
+                before[-1] if before else None,
+                chunk,
+                rederive(twin, chunk),
+                plans[chunk.batch],
                 twin.contract,
             )
             for p in of_links:
@@ -328,8 +331,11 @@ def _size(verdict: Verdict) -> tuple[int, ...]:
 def _measure(case: Case) -> tuple[int, ...]:
     """Order cases by how much a person has to think about."""
     return (
-        case.batches * case.steps, case.batch, case.chunk,
-        case.inputs + case.hidden + case.outputs, case.seed,
+        case.batches * case.steps,
+        case.batch,
+        case.chunk,
+        case.inputs + case.hidden + case.outputs,
+        case.seed,
     )
 
 

@@ -335,12 +335,19 @@ def _of_whole(batch: tuple[Tensor, Tensor], chunk: Chunk) -> Chunk:
 
 def _ordinary(chunk: Chunk, gradients: Tensors, state: Any, rules: Sequence[Rule]) -> Ending:
     assert chunk.given is not None
+    # Not judged: parameters that no optimizer owns, and those that a learned initial state comes
+    # from, for their gradient takes a way that is the loop's own.
+    owned = {name for rule in rules for group in rule.groups for name in group["params"]}
+    judged = owned - chunk.given.feeding
     copies = {n: nn.Parameter(p.clone()) for n, p in chunk.given.parameters.items()}
     names = {id(parameter): name for name, parameter in copies.items()}
     memory: dict[str, Tensor] = {}
     for i, rule in enumerate(rules):
         optimizer = apply_rule(rule, copies, gradients)
         for parameter, remembered in optimizer.state.items():
-            prefix = f"{type(rule.optimizer).__name__}[{i}].{names.get(id(parameter), '?')}"
-            memory.update(leaves(remembered, prefix))
-    return Ending(_copied(copies), {}, memory, _copied(leaves(state)))
+            name = names.get(id(parameter), "")
+            if name in judged:
+                prefix = f"{type(rule.optimizer).__name__}[{i}].{name}"
+                memory.update(leaves(remembered, prefix))
+    parameters = {name: p for name, p in copies.items() if name in judged}
+    return Ending(_copied(parameters), {}, memory, _copied(leaves(state)))

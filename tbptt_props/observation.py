@@ -111,7 +111,9 @@ def batches_of(subject: Subject, case: Case) -> Batches:
 def _usable(index: int, batch: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     name = f"batches[{index}]"
     if len(batch) != 2 or not all(isinstance(part, torch.Tensor) for part in batch):
-        raise ValueError(f"{name} must be a pair of tensors (inputs, targets), got {len(batch)} parts")
+        raise ValueError(
+            f"{name} must be a pair of tensors (inputs, targets), got {len(batch)} parts"
+        )
     x, y = batch
     if x.dim() < 2 or y.dim() < 2 or x.shape[:2] != y.shape[:2]:
         raise ValueError(
@@ -155,7 +157,9 @@ def _halt(error: BaseException | None, watch: Watch) -> Halt | None:
         return None
     text = f"{type(error).__name__}: {error}".strip()
     if isinstance(error, Hung) and not str(error):
-        text = f"nothing happened for {watch.subject.patience:g} s: the loop does not come to an end"
+        text = (
+            f"nothing happened for {watch.subject.patience:g} s: the loop does not come to an end"
+        )
     return Halt(error=text, after=watch.now(), line=_line(error))
 
 

@@ -54,7 +54,11 @@ def _unflattened(offset: Tensor, steps: int, width: int) -> Tensor | None:
 
 def _by_value(x: Tensor, pristine: Tensor) -> Tensor | None:
     """Look the rows up by their first number, which no two places share."""
-    if pristine.dim() < 3 or not pristine.is_floating_point() or x.shape[-1:] != pristine.shape[-1:]:
+    if (
+        pristine.dim() < 3
+        or not pristine.is_floating_point()
+        or x.shape[-1:] != pristine.shape[-1:]
+    ):
         return None
     x = x.detach().to(pristine)
     keys, order = pristine[..., 0].flatten().sort()
@@ -75,8 +79,10 @@ def time_first(places: Tensor) -> bool:
         return False
     one_time_step_a_row = bool((places[:, :, 1] == places[:, :1, 1]).all())
     one_sequence_a_row = bool((places[:, :, 0] == places[:, :1, 0]).all())
-    return one_time_step_a_row and not one_sequence_a_row or (
-        one_sequence_a_row and one_time_step_a_row and places.shape[0] > 1
+    return (one_time_step_a_row and not one_sequence_a_row) or (
+        one_sequence_a_row
+        and one_time_step_a_row
+        and places.shape[0] > 1
         and bool((places[1:, 0, 1] != places[:1, 0, 1]).any())
     )
 

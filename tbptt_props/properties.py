@@ -66,7 +66,9 @@ def chunks_tile_the_sequence(trace: Trace) -> Iterator[Finding]:
 def no_graph_outlives_its_chunk(trace: Trace) -> Iterator[Finding]:
     """When the next chunk is done, nothing holds a chunk's graph any more."""
     for label in trace.outlived:
-        yield Violation(label, "its graph lives on after the next chunk", "gone, and its memory free")
+        yield Violation(
+            label, "its graph lives on after the next chunk", "gone, and its memory free"
+        )
     if trace.watched < 2:
         yield NotJudged("a run of at least two chunks")
 
@@ -123,7 +125,7 @@ def state_crosses_every_boundary(link: Link) -> Iterator[Finding]:
         yield NotJudged("a case of at least two chunks")
         return
     assert before.outcome is not None
-    due = [leaves(state) for state in before.outcome.states]
+    due: list[Tensors] = [leaves(state) for state in before.outcome.states]
     if before.lanes and link.chunk.lanes and before.lanes != link.chunk.lanes:
         due = [
             moved for state in due for moved in _reordered(state, before.lanes, link.chunk.lanes)
@@ -139,7 +141,9 @@ def state_crosses_every_boundary(link: Link) -> Iterator[Finding]:
         yield from _state_differences(where, found, due[-1])
     elif any(not _same_leaves(leaves(state), found) for state in given.repeats):
         where = f"{where} of a repeated evaluation"
-        yield Violation(where, "not the one of the first", "the same, however often it is evaluated")
+        yield Violation(
+            where, "not the one of the first", "the same, however often it is evaluated"
+        )
     elif link.expected.state_matters is False:
         due_use = "what predictions and the next state depend on"
         yield Violation(where, "handed over but without any effect", due_use)
@@ -153,8 +157,9 @@ def state_starts_afresh_with_each_batch(link: Link) -> Iterator[Finding]:
         return
     assert before.outcome is not None
     old = [leaf for state in before.outcome.states for leaf in leaves(state).values()]
+    fresh = list(leaves(given.initial).values())
     for path, leaf in leaves(given.calls[0].state).items():
-        row = _row_in_common(leaf, old)
+        row = _row_in_common(leaf, old, fresh)
         if row is not None:
             found = f"{float(row[0]):.6g}, a value that {before} ended in"
             yield Violation(f"{link.chunk}, incoming {path}", found, "fresh")
@@ -203,7 +208,9 @@ def gradients_are_the_chunks_own(link: Link) -> Iterator[Finding]:
             continue  # no optimizer reads it
         if name in feeding and not outcome.leaks:
             continue  # a learned initial state: its gradient comes by a way that is the loop's own
-        yield from _gradient_differences(f"{link.chunk}, gradient of ", name, outcome, due.gradients)
+        yield from _gradient_differences(
+            f"{link.chunk}, gradient of ", name, outcome, due.gradients
+        )
     yield from _changed_on_the_way(link)
 
 
@@ -347,9 +354,7 @@ def _tiles(
         return
     yield from _accounted(f"{prefix}inputs", chunks, due, sequences, lambda c: c.inputs)
     if all(chunk.targets is not None for chunk in chunks):
-        yield from _accounted(
-            f"{prefix}targets", chunks, due, sequences, lambda c: c.targets or ()
-        )
+        yield from _accounted(f"{prefix}targets", chunks, due, sequences, lambda c: c.targets or ())
 
 
 def _spans(chunk: Chunk, due: Sequence[Span]) -> Sequence[Span | None]:
@@ -443,8 +448,11 @@ def _cut_off(chunk: Chunk) -> Iterator[tuple[str, str]]:
         return
     for path, leaf in leaves(given.calls[0].state).items():
         for name in given.trainable - given.feeding:
-            rows = given.parameters[name].reshape(-1, given.parameters[name].shape[-1] or 1) \
-                if given.parameters[name].dim() else None
+            rows = (
+                given.parameters[name].reshape(-1, given.parameters[name].shape[-1] or 1)
+                if given.parameters[name].dim()
+                else None
+            )
             if rows is None or leaf.dim() == 0 or leaf.shape[-1] != rows.shape[-1]:
                 continue
             if rows.any() and all(
@@ -453,9 +461,7 @@ def _cut_off(chunk: Chunk) -> Iterator[tuple[str, str]]:
                 yield path, name
 
 
-def _reordered(
-    state: Tensors, lanes: Sequence[int], into: Sequence[int]
-) -> Iterator[Tensors]:
+def _reordered(state: Tensors, lanes: Sequence[int], into: Sequence[int]) -> Iterator[Tensors]:
     """Yield `state` with its sequences in another order, along each dimension they may lie in."""
     if sorted(lanes) != sorted(into):
         return
@@ -465,18 +471,23 @@ def _reordered(
             yield {path: leaf.index_select(dim, order) for path, leaf in state.items()}
 
 
-def _row_in_common(leaf: Tensor, old: Sequence[Tensor]) -> Tensor | None:
-    """Return a row, along the last dimension, that `leaf` shares with a tensor from before."""
-    if leaf.dim() == 0 or not leaf.is_floating_point():
+def _row_in_common(leaf: Tensor, old: Sequence[Tensor], fresh: Sequence[Tensor]) -> Tensor | None:
+    """Return a row of `leaf` that a state from before has, but no fresh state; None if none."""
+    if leaf.dim() == 0 or not leaf.is_floating_point() or not leaf.numel():
         return None
-    for other in old:
-        if other.dim() == 0 or other.shape[-1] != leaf.shape[-1]:
-            continue
-        rows, olds = leaf.reshape(-1, leaf.shape[-1]), other.reshape(-1, leaf.shape[-1])
-        for row in rows:
-            if bool(row.any()) and bool((olds == row).all(dim=1).any()):
-                return row
+    for row in leaf.reshape(-1, leaf.shape[-1]):
+        if bool(row.any()) and _has_row(old, row) and not _has_row(fresh, row):
+            return row
     return None
+
+
+def _has_row(tensors: Sequence[Tensor], row: Tensor) -> bool:
+    return any(
+        tensor.dim() > 0
+        and tensor.shape[-1:] == row.shape
+        and bool((tensor.reshape(-1, len(row)) == row).all(dim=1).any())
+        for tensor in tensors
+    )
 
 
 # Gradients ----------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tbptt_props.compare import close, near, same, worst
+from tbptt_props.graph import nodes_behind as _nodes
 from tbptt_props.process import randomness, set_randomness
 from tbptt_props.state import leaves, map_tensors, value_of
 from tbptt_props.subject import Subject, resolve
@@ -75,7 +76,8 @@ def _rederived(
     _load(module, given)
     incoming = map_tensors(_wanting_gradient, given.calls[0].state)
     predictions, state = _forward(subject, given, incoming)
-    connected = _connected([*predictions, *leaves(state).values()], leaves(incoming).values())
+    nodes = _nodes([*predictions, *leaves(state).values()])
+    connected = _connected(nodes, leaves(incoming).values())
     trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
     form = _form_of(subject, given, predictions, outcome.loss)
     loss, cotangents = _loss(subject, given, predictions, form)
@@ -83,16 +85,15 @@ def _rederived(
     # to blame and not the gradient.
     seen = outcome.cotangents
     known = [g for g in seen if g is not None]
-    along = seen if len(known) == len(seen) == len(predictions) else cotangents
+    due_alone = not (len(known) == len(seen) == len(predictions)) or _same_all(known, cotangents)
+    along = cotangents if due_alone else seen
     gradients = _pulled_back(predictions, along, trainable)
     draws = not torch.equal(torch.get_rng_state(), given.randomness[0])
     parameters, rule_missing = _updated(outcome)
     slope, autograd_slope, unclear = None, None, ""
     if loss is not None:
         due = gradients if along is cotangents else _pulled_back(predictions, cotangents, trainable)
-        slope, autograd_slope, unclear = _slopes(
-            subject, given, predictions, trainable, due, form
-        )
+        slope, autograd_slope, unclear = _slopes(subject, given, nodes, trainable, due, form)
     return Expected(
         loss=None if loss is None else float(loss.detach()),
         cotangents=tuple(cotangents),
@@ -115,6 +116,11 @@ def _rederived(
     )
 
 
+def _same_all(ones: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
+    pairs = zip(ones, others, strict=True)
+    return all(a is not None and b is not None and same(a, b) for a, b in pairs)
+
+
 def _load(module: nn.Module, given: Given) -> None:
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -129,10 +135,8 @@ def _load_values(module: nn.Module, given: Given) -> None:
         for name, buffer in module.named_buffers():
             if name in given.buffers:
                 buffer.copy_(given.buffers[name])
-    parts = dict(module.named_modules())
-    for name, attributes in given.attributes.items():
-        if name in parts:
-            vars(parts[name]).update(value_of(attributes))
+    for name, part in module.named_modules():
+        part.__dict__.update(value_of(given.attributes.get(name, {})))
     set_randomness(given.randomness)
 
 
@@ -176,7 +180,7 @@ def _in_two(
     call_forward = resolve(subject.module, subject.forward)
     carried = value_of(first.state)
     part = 1 if steps < 4 else 2  # two time steps, for a forward that treats a single one apart
-    early, late = first.x.split([part, steps - part], dim=time)
+    early, late = torch.split(first.x, [part, steps - part], dim=time)
     before, carried = _repeat(call_forward, replace(first, x=early), carried)
     # A forward that looks ahead within the chunk, or takes its statistics as batch norm does, and
     # a state that grows with the time steps, legitimately depend on how the chunk is cut.
@@ -211,20 +215,10 @@ def _wanting_gradient(tensor: Tensor) -> Tensor:
     return copied.requires_grad_() if tensor.is_floating_point() else copied
 
 
-def _connected(outputs: Sequence[Tensor], inputs: Iterable[Tensor]) -> bool:
-    """Tell whether a path of autograd leads from any output to any of the inputs."""
+def _connected(nodes: set[Any], inputs: Iterable[Tensor]) -> bool:
+    """Tell whether one of autograd's nodes accumulates the gradient of any of the inputs."""
     wanted = {id(tensor) for tensor in inputs}
-    waiting = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        if id(getattr(node, "variable", None)) in wanted:
-            return True
-        for behind, _ in node.next_functions:
-            if behind is not None and behind not in seen:
-                seen.add(behind)
-                waiting.append(behind)
-    return False
+    return any(id(getattr(node, "variable", None)) in wanted for node in nodes)
 
 
 def _nudged(tensor: Tensor) -> Tensor:
@@ -246,9 +240,7 @@ Form = Literal["whole", "mean", "sum"]
 
 
 @torch.no_grad()
-def _form_of(
-    subject: Subject, given: Given, predictions: Sequence[Tensor], found: float
-) -> Form:
+def _form_of(subject: Subject, given: Given, predictions: Sequence[Tensor], found: float) -> Form:
     """Tell how a loop that calls forward several times a chunk puts its loss together.
 
     It may take the loss of all predictions, or the mean or sum of each call's: all are its own.
@@ -271,7 +263,7 @@ def _as_trained(
         whole = torch.stack(list(predictions), dim=1)
     else:
         lengths = [p.shape[1] for p in predictions]
-        pieces = list(target.split(lengths, dim=1))
+        pieces = list(torch.split(target, lengths, dim=1))
         whole = torch.cat(list(predictions), dim=1)
     if form == "whole":
         return subject.loss(whole, target)
@@ -301,13 +293,13 @@ def _pulled_back(
 def _slopes(
     subject: Subject,
     given: Given,
-    predictions: Sequence[Tensor],
+    nodes: set[Any],
     trainable: Mapping[str, nn.Parameter],
     gradients: Tensors,
     form: Form,
 ) -> tuple[float | None, float | None, str]:
     """Difference the loss along one direction, and take autograd's word for the same."""
-    custom = _custom_function(predictions)
+    custom = _custom_function(nodes)
     if custom:
         return None, None, f"{custom} defines a gradient of its own, which need not be the slope"
     if any(p.dtype != torch.float64 for p in trainable.values()):
@@ -360,19 +352,10 @@ def _differenced(
     return (losses[0] - losses[1]) / (2 * nudge)
 
 
-def _custom_function(predictions: Sequence[Tensor]) -> str:
-    """Name a custom autograd function among the nodes behind the predictions, if there is one."""
-    waiting = [p.grad_fn for p in predictions if p.grad_fn is not None]
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            return type(node).__name__
-        for behind, _ in node.next_functions:
-            if behind is not None and behind not in seen:
-                seen.add(behind)
-                waiting.append(behind)
-    return ""
+def _custom_function(nodes: set[Any]) -> str:
+    """Name a custom autograd function among the nodes, if there is one."""
+    custom = torch.autograd.function.BackwardCFunction
+    return next((type(node).__name__ for node in nodes if isinstance(node, custom)), "")
 
 
 # The update, by the optimizer's own rule ----------------------------------------------------

@@ -43,7 +43,7 @@ def value_of(tree: Any) -> Any:
 
 
 def _value_of_tensor(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone()
+    return torch.clone(tensor.detach())
 
 
 def same_layout(tensor: Tensor) -> Tensor:

@@ -145,7 +145,9 @@ def _cases(draw: st.DrawFn, fixed: tuple[tuple[str, int], ...]) -> Case:
     }
     drawn = {n: given[n] if n in given else draw(sizes) for n, sizes in strategies.items()}
     # A size that is given by name must not vary from batch to batch, as seeds make sizes do.
-    low = [n for n in range(4) if ("batch" in given) <= (n & 1 == 0) and ("steps" in given) <= (n < 2)]
+    low = [
+        n for n in range(4) if ("batch" in given) <= (n & 1 == 0) and ("steps" in given) <= (n < 2)
+    ]
     seed = given["seed"] if "seed" in given else 4 * draw(st.integers(0, 1023)) + draw(_evenly(low))
     return Case(steps=steps, chunk=chunk, seed=seed, **drawn)
 

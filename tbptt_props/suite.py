@@ -22,7 +22,7 @@ from tbptt_props.subject import Subject
 
 def conformance(
     *, max_examples: int | None = None, **fixed: int
-) -> Callable[[Callable[..., Subject]], Callable[..., None]]:
+) -> Callable[[Callable[..., Subject]], Any]:
     """Turn `def test_x(case): return Subject(...)` into one pytest item per property.
 
     Each item is an ordinary Hypothesis test, `test_x[graph_crosses_no_boundary]` and so on. They
@@ -40,7 +40,7 @@ def conformance(
         raise ValueError(f"max_examples must be at least 1, got max_examples={max_examples}")
     strategy = cases(**fixed)
 
-    def decorate(build: Callable[..., Subject]) -> Callable[..., None]:
+    def decorate(build: Callable[..., Subject]) -> Any:
         if "case" not in inspect.signature(build).parameters:
             name = getattr(build, "__name__", repr(build))
             raise TypeError(f"{name} must take an argument named case, the Case to build for")

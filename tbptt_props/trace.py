@@ -98,6 +98,7 @@ class Given:
     randomness: Any  # the random-number generators' state
     target: Tensor | None  # what the loss is due to compare with; None where not known
     feeding: frozenset[str] = frozenset()  # parameters that the incoming state is made from
+    initial: Any = None  # the state in which the whole run began
     repeats: tuple[Any, ...] = ()  # states from which a closure's later evaluations started
 
 
@@ -155,9 +156,7 @@ class Chunk:
         """Return the chunk with no more than the next one is held against: its states."""
         if self.outcome is None:
             return self
-        outcome = replace(
-            self.outcome, cotangents=(), gradients={}, rules=(), moved=()
-        )
+        outcome = replace(self.outcome, cotangents=(), gradients={}, rules=(), moved=())
         return replace(self, given=None, outcome=outcome)
 
     def slim(self) -> Chunk:

@@ -159,5 +159,3 @@ class _Told(Sequence[Any]):
             self.watch.batch_started(index, batch)
             yield batch
             self.watch.batch_ended(index)
-
-

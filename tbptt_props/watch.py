@@ -28,8 +28,9 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from tbptt_props.compare import difference, same, scaling
 from tbptt_props.aims import targets_of
+from tbptt_props.compare import difference, same, scaling
+from tbptt_props.graph import any_within, nodes_behind, numbers_behind, sequence_number
 from tbptt_props.places import locate, span_of, time_first
 from tbptt_props.process import Hung, Watchdog, randomness
 from tbptt_props.state import leaves, value_of
@@ -46,10 +47,8 @@ from tbptt_props.trace import (
     Rule,
     Span,
     Tensors,
-    spanned,
 )
 
-PARAMETER_NODE = 2**63  # torch gives the nodes of parameters a number above all others
 EMPTY_CALLS = 4  # zero-length chunks in a row after which a loop is taken not to advance
 
 
@@ -174,13 +173,12 @@ class Watch:
         self.announced: list[int] = []
         self.lightning_updates: Callable[[], int] | None = None
         self.updates = 0
-        self.tentative: (
-            tuple[list[_LiveCall], list[Tensor | None], list[int], float] | None
-        ) = None
+        self.tentative: tuple[list[_LiveCall], list[Tensor | None], list[int], float] | None = None
         self.calls_seen = 0
         self.calls_ever = 0
         self.empty_calls = 0
         self.last_state: Any = None
+        self.initial_state: Any = None
         self.busy = False
         self.gathered: dict[_LiveCall, Tensor] | None = None
         self.thread = threading.get_ident()
@@ -303,9 +301,11 @@ class Watch:
             arguments = Arguments.of(original, args, kwargs)
             self._refuse_to_hang(arguments.x)
             live = self._opened(arguments)
-        live.opened = torch.autograd._get_sequence_nr()
+        if self.initial_state is None:
+            self.initial_state = live.call.state
+        live.opened = sequence_number()
         returned = original(*args, **kwargs)
-        live.closed = torch.autograd._get_sequence_nr()
+        live.closed = sequence_number()
         prediction, after = self._pair_returned(returned)
         with self._own_code():
             self.last_state = value_of(after)
@@ -326,7 +326,7 @@ class Watch:
             self._note_moves("forward")
         state = arguments.state
         attached = {path: leaf for path, leaf in leaves(state).items() if leaf.grad_fn}
-        oldest = {path: min(_numbers([leaf]), default=0) for path, leaf in attached.items()}
+        oldest = {path: min(numbers_behind([leaf]), default=0) for path, leaf in attached.items()}
         return _LiveCall(
             training=self.module.training,
             call=Call(
@@ -346,7 +346,7 @@ class Watch:
     def _feeding(self, state: list[Tensor]) -> frozenset[str]:
         """Name the parameters that an attached state is made from: a learned initial state."""
         found = {id(leaf) for leaf in state if leaf.is_leaf}
-        for node in _nodes([leaf for leaf in state if leaf.grad_fn is not None]):
+        for node in nodes_behind([leaf for leaf in state if leaf.grad_fn is not None]):
             variable = getattr(node, "variable", None)
             if variable is not None:
                 found.add(id(variable))
@@ -429,7 +429,7 @@ class Watch:
     def _backward(self, run: Callable[[], Any], roots: list[Tensor]) -> Any:
         self.watchdog.fed()
         with self._own_code():
-            numbers = _numbers(roots)
+            numbers = numbers_behind(roots)
             through = bool(self.announced) and self.announced[-1] in map(id, roots)
             self.announced.clear()
             self.tentative = None
@@ -456,8 +456,8 @@ class Watch:
         """Watch a call that returns gradients: if an update follows, it was the backward."""
         self.watchdog.fed()
         with self._own_code():
-            numbers = _numbers(roots)
-            calls = [c for c in self.open if _any_within(numbers, c.opened, c.closed)]
+            numbers = numbers_behind(roots)
+            calls = [c for c in self.open if any_within(numbers, c.opened, c.closed)]
         with self._gathering() as gathered:
             result = run()
         with self._own_code():
@@ -485,12 +485,13 @@ class Watch:
                 live.canaries.append(weakref.ref(canary))
 
         def take(cotangent: Tensor) -> None:
-            if self.gathered is not None and not self.busy:
-                before = self.gathered.get(live)
-                taken = cotangent.detach().clone()
-                self.gathered[live] = taken if before is None else before + taken
+            gathered = self.gathered
+            if gathered is not None and not self.busy:
+                before = gathered.get(live)
+                taken = torch.clone(cotangent.detach())
+                gathered[live] = taken if before is None else before + taken
 
-        prediction.register_hook(take)
+        prediction.register_hook(take)  # type: ignore[no-untyped-call]
 
     def _take_tentative(self) -> None:
         """Begin a chunk from gradients that were asked for and not accumulated by backward."""
@@ -531,11 +532,11 @@ class Watch:
 
     def _chunk_of(self, numbers: list[int]) -> _LiveChunk | None:
         """Find the chunk that a backward through these nodes belongs to; begin one if need be."""
-        reached = [c for c in self.open if _any_within(numbers, c.opened, c.closed)]
+        reached = [c for c in self.open if any_within(numbers, c.opened, c.closed)]
         step = self.steps[-1][0] if self.steps else None
         if not reached:
             within = self.current and any(
-                _any_within(numbers, c.opened, c.closed) for c in self.current.calls
+                any_within(numbers, c.opened, c.closed) for c in self.current.calls
             )
             return self.current if within else None
         # Calls that came before and were not reached were never trained on: a metric, say.
@@ -587,11 +588,14 @@ class Watch:
         if not older:
             return ()
         into = ", ".join(
-            label for low, high, label in self.consumed if _any_within(numbers, low, high)
+            label for low, high, label in self.consumed if any_within(numbers, low, high)
         )
         into = into or "an earlier chunk"
         paths = [
-            path for call in calls for path, oldest in call.attached.items() if oldest < self.horizon
+            path
+            for call in calls
+            for path, oldest in call.attached.items()
+            if oldest < self.horizon
         ]
         return tuple(Leak(through, into) for through in paths) or (Leak("", into),)
 
@@ -771,6 +775,7 @@ class Watch:
                 target=target,
                 feeding=first.feeding,
                 repeats=tuple(live.repeats),
+                initial=self.initial_state,
             ),
             outcome=Outcome(
                 loss=live.loss,
@@ -812,6 +817,8 @@ class Watch:
         call = live.calls[0]
         y = self.pristine[live.batch][1]
         prediction = call.call.prediction
+        if prediction is None:
+            return None
         return targets_of(self.subject.loss, prediction, call.cotangent, live.loss, y, places)
 
     def _note_changes(self, index: int) -> None:
@@ -891,29 +898,6 @@ def _alive(
     return [graph for graph in graphs if any(canary() is not None for canary in graph[1])]
 
 
-def _numbers(roots: Sequence[Tensor]) -> list[int]:
-    """Return the sequence numbers of all nodes behind `roots`, sorted; parameters have none."""
-    numbers = (node._sequence_nr() for node in _nodes(roots))
-    return sorted(number for number in numbers if number < PARAMETER_NODE)
-
-
-def _nodes(roots: Sequence[Tensor]) -> set[Any]:
-    """Return all of autograd's nodes behind `roots`."""
-    waiting = [root.grad_fn for root in roots if root.grad_fn is not None]
-    seen = set(waiting)
-    while waiting:
-        for node, _ in waiting.pop().next_functions:
-            if node is not None and node not in seen:
-                seen.add(node)
-                waiting.append(node)
-    return seen
-
-
-def _any_within(numbers: list[int], low: int, high: int) -> bool:
-    at = bisect_left(numbers, low)
-    return at < len(numbers) and numbers[at] < high
-
-
 def _joined(calls: list[_LiveCall]) -> Tensor | None:
     """Join the places that several calls fed, along time."""
     places = [call.places for call in calls]
@@ -981,5 +965,3 @@ def _kind(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of {len(value)}"
     return f"a {type(value).__name__}"
-
-

@@ -1,0 +1,44 @@
+"""Autograd's graph, read without touching a number in it."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PARAMETER_NODE = 2**63  # torch gives the nodes of parameters a number above all others
+
+
+def nodes_behind(roots: Iterable[Tensor]) -> set[Any]:
+    """Return all of autograd's nodes behind `roots`."""
+    waiting = [root.grad_fn for root in roots if root.grad_fn is not None]
+    seen: set[Any] = set(waiting)
+    while waiting:
+        for node, _ in waiting.pop().next_functions:
+            if node is not None and node not in seen:
+                seen.add(node)
+                waiting.append(node)
+    return seen
+
+
+def numbers_behind(roots: Iterable[Tensor]) -> list[int]:
+    """Return the sequence numbers of all nodes behind `roots`, sorted; parameters have none.
+
+    Autograd numbers its nodes in the order in which they are made.
+    """
+    numbers = (node._sequence_nr() for node in nodes_behind(roots))
+    return sorted(number for number in numbers if number < PARAMETER_NODE)
+
+
+def sequence_number() -> int:
+    """Return the number that autograd will give to the next node of this thread."""
+    return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
+
+
+def any_within(numbers: Sequence[int], low: int, high: int) -> bool:
+    """Tell whether one of the sorted numbers is at least `low` and below `high`."""
+    at = bisect_left(numbers, low)
+    return at < len(numbers) and numbers[at] < high

@@ -1,0 +1,366 @@
+import re
+from pathlib import Path
+from textwrap import dedent
+
+import hypothesis.core
+import pytest
+from torch import nn
+from torch.nn.functional import mse_loss
+
+import tbptt_props as tb
+from tbptt_ref.module import TruncatedRNN
+
+ROOT = Path(__file__).parent.parent
+NAMES = [judged.__name__ for judged in tb.PROPERTIES]
+SMALLEST = "Case(batch=1, steps=2, chunk=1, inputs=1, hidden=1, outputs=1, batches=1, seed=0)"
+# What a user's tests import; `build` writes down each case it is asked for.
+LOOPS = """
+    from pathlib import Path
+
+    import torch
+    from torch import nn
+    from torch.nn.functional import mse_loss
+
+    import tbptt_props as tb
+    from tbptt_ref.faults_update import CallsBackwardItself
+    from tbptt_ref.module import TruncatedRNN
+
+    torch.set_num_threads(1)
+
+    def build(case, kind=TruncatedRNN):
+        with Path("built.txt").open("a") as built:
+            print(case, file=built)
+        core = nn.RNN(case.inputs, case.hidden, batch_first=True)
+        module = kind(core, nn.Linear(case.hidden, case.outputs), chunk=case.chunk)
+        return tb.Subject(module, loss=mse_loss)
+"""
+IMPORTS = """
+    import pytest
+    import tbptt_props as tb
+    from loops import CallsBackwardItself, TruncatedRNN, build
+"""
+RIGHT = """
+    @tb.conformance(max_examples=3)
+    def test_right(case):
+        return build(case)
+"""
+WRONG = """
+    @tb.conformance(max_examples=3)
+    def test_wrong(case: tb.Case) -> tb.Subject:
+        return build(case, CallsBackwardItself)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported() -> None:
+    # A session inside this one forgets the modules that it is the first to import.
+    tb.verify(right, max_examples=2, seed=0)
+
+
+@pytest.fixture(autouse=True)
+def _no_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    # --hypothesis-seed sets it for the whole process.
+    monkeypatch.setattr(hypothesis.core, "global_force_seed", None)
+
+
+def right(case: tb.Case) -> tb.Subject:
+    core = nn.RNN(case.inputs, case.hidden, batch_first=True)
+    readout = nn.Linear(case.hidden, case.outputs)
+    return tb.Subject(TruncatedRNN(core, readout, chunk=case.chunk), loss=mse_loss)
+
+
+def write(pytester: pytest.Pytester, *tests: str) -> None:
+    pytester.makepyfile(
+        loops=dedent(LOOPS), test_mine="\n".join(dedent(part) for part in (IMPORTS, *tests))
+    )
+
+
+def outcomes(pytester: pytest.Pytester, *arguments: str) -> dict[str, str]:
+    """Run the tests in this process; return how each of them ended."""
+    reports = pytester.inline_run(*arguments).getreports("pytest_runtest_logreport")
+    told = [report for report in reports if report.when == "call" or not report.passed]
+    return {report.location[2]: report.outcome for report in told}
+
+
+def built(pytester: pytest.Pytester) -> list[str]:
+    """Return the cases that were built, each time one was, and forget them."""
+    noted = pytester.path / "built.txt"
+    cases = noted.read_text().splitlines()
+    noted.unlink()
+    return cases
+
+
+def items(test: str, outcome: str = "passed", **others: str) -> dict[str, str]:
+    return {f"{test}[{name}]": others.get(name, outcome) for name in NAMES}
+
+
+def without(*names: str) -> tuple[str, str]:
+    """Leave out the items of these names."""
+    return "-k", " and ".join(f"not {name}" for name in names)
+
+
+def test_a_decorated_function_is_one_item_per_property(pytester: pytest.Pytester) -> None:
+    write(pytester, RIGHT, WRONG)
+
+    collected, _ = pytester.inline_genitems()
+
+    assert [item.name for item in collected] == [*items("test_right"), *items("test_wrong")]
+
+
+def test_each_test_of_a_file_judges_its_own_loop_and_fails_in_what_it_breaks(
+    pytester: pytest.Pytester,
+) -> None:
+    write(pytester, RIGHT, WRONG)
+
+    found = outcomes(pytester, *without("each_chunk_draws_its_own_randomness"))
+
+    due = {
+        **items("test_right"),
+        **items("test_wrong", backward_goes_through_manual_backward="failed"),
+    }
+    assert found == {item: end for item, end in due.items() if "randomness" not in item}
+
+
+def test_a_failure_says_claim_place_found_due_and_case(pytester: pytest.Pytester) -> None:
+    write(pytester, WRONG)
+
+    result = pytester.runpytest_inprocess("-k", "backward_goes_through_manual_backward")
+
+    result.assert_outcomes(failed=1, deselected=len(NAMES) - 1)
+    told = [line.removeprefix("E").strip() for line in result.outlines if line.startswith("E ")]
+    start = next(i for i, line in enumerate(told) if line.endswith("broken for test_wrong"))
+    assert re.sub(" {2,}", "  ", "\n".join(told[start : start + 7])) == (
+        "backward_goes_through_manual_backward  broken for test_wrong\n"
+        "Every backward goes through Lightning, which scales and synchronises it where needed.\n"
+        "\n"
+        "time steps 0-0, backward: called past Lightning, but should be self.manual_backward(loss)\n"
+        "time steps 1-1, backward: called past Lightning, but should be self.manual_backward(loss)\n"
+        "\n"
+        f"smallest case  {SMALLEST}"
+    )
+
+
+def test_one_property_can_be_chosen_by_name(pytester: pytest.Pytester) -> None:
+    write(pytester, RIGHT)
+
+    found = outcomes(pytester, "-k", "graph_crosses_no_boundary")
+
+    assert found == {"test_right[graph_crosses_no_boundary]": "passed"}
+
+
+def test_all_items_of_a_test_judge_the_same_cases_and_train_once_on_each(
+    pytester: pytest.Pytester,
+) -> None:
+    write(pytester, RIGHT)
+
+    outcomes(pytester, "-k", "graph_crosses_no_boundary", "--hypothesis-seed=1")
+    by_one_item = built(pytester)
+    outcomes(pytester, "-k", "graph or state or events", "--hypothesis-seed=1")
+
+    assert built(pytester) == by_one_item
+    assert len(set(by_one_item)) == 3
+
+
+def test_a_seed_draws_the_same_cases_again_and_another_one_others(
+    pytester: pytest.Pytester,
+) -> None:
+    write(pytester, RIGHT)
+    drawn = []
+    for seed in ("1", "1", "2"):
+        outcomes(pytester, "-k", "graph_crosses_no_boundary", f"--hypothesis-seed={seed}")
+        drawn.append(built(pytester))
+
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_second_session_in_the_same_process_judges_anew(pytester: pytest.Pytester) -> None:
+    write(pytester, RIGHT, WRONG)
+
+    first, second = (outcomes(pytester, "-k", "backward_goes_through") for _ in range(2))
+
+    assert first == second == {
+        "test_right[backward_goes_through_manual_backward]": "passed",
+        "test_wrong[backward_goes_through_manual_backward]": "failed",
+    }
+
+
+def test_a_size_given_by_name_is_that_of_every_case(pytester: pytest.Pytester) -> None:
+    fixed = """
+        @tb.conformance(max_examples=3, chunk=35, inputs=2)
+        def test_fixed(case):
+            return build(case)
+    """
+    write(pytester, fixed)
+
+    found = outcomes(pytester, "-k", "graph_crosses_no_boundary")
+
+    assert found == {"test_fixed[graph_crosses_no_boundary]": "passed"}
+    assert all("chunk=35, inputs=2," in case for case in built(pytester))
+
+
+@pytest.mark.parametrize("scope", ["function", "module"])
+def test_a_test_may_take_fixtures_beside_its_case(pytester: pytest.Pytester, scope: str) -> None:
+    fixtures = f"""
+        @pytest.fixture(scope="{scope}")
+        def kind():
+            return CallsBackwardItself
+
+        @tb.conformance(max_examples=2)
+        def test_after(case, kind):
+            return build(case, kind)
+
+        @tb.conformance(max_examples=2)
+        def test_before(kind, case):
+            return build(case, kind)
+    """
+    write(pytester, fixtures)
+
+    found = outcomes(pytester, "-k", "backward_goes_through or graph_crosses_no_boundary")
+
+    assert found == {
+        "test_after[graph_crosses_no_boundary]": "passed",
+        "test_after[backward_goes_through_manual_backward]": "failed",
+        "test_before[graph_crosses_no_boundary]": "passed",
+        "test_before[backward_goes_through_manual_backward]": "failed",
+    }
+
+
+def test_a_test_may_be_parametrized_beside_its_case(pytester: pytest.Pytester) -> None:
+    parametrized = """
+        @pytest.mark.parametrize("kind", [TruncatedRNN, CallsBackwardItself])
+        @tb.conformance(max_examples=2)
+        def test_kinds(case, kind):
+            return build(case, kind)
+    """
+    write(pytester, parametrized)
+
+    found = outcomes(pytester, "-k", "backward_goes_through")
+
+    name = "test_kinds[backward_goes_through_manual_backward"
+    assert found == {f"{name}-TruncatedRNN]": "passed", f"{name}-CallsBackwardItself]": "failed"}
+
+
+def test_a_test_may_be_a_method(pytester: pytest.Pytester) -> None:
+    in_a_class = """
+        class TestLoops:
+            kind = CallsBackwardItself
+
+            @tb.conformance(max_examples=2)
+            def test_method(self, case):
+                return build(case, self.kind)
+    """
+    write(pytester, in_a_class)
+
+    found = outcomes(pytester, "-k", "backward_goes_through or graph_crosses_no_boundary")
+
+    assert found == {
+        "TestLoops.test_method[graph_crosses_no_boundary]": "passed",
+        "TestLoops.test_method[backward_goes_through_manual_backward]": "failed",
+    }
+
+
+def test_a_property_that_was_judged_on_no_case_is_not_green(pytester: pytest.Pytester) -> None:
+    write(pytester, RIGHT)
+
+    result = pytester.runpytest_inprocess("-rs", "-k", "each_chunk_draws_its_own_randomness")
+
+    result.assert_outcomes(skipped=1, deselected=len(NAMES) - 1)
+    assert "a forward that draws random numbers, and two chunks" in result.stdout.str()
+
+
+def test_a_test_that_is_expected_to_break_a_property_is_no_failure_but_misuse_is(
+    pytester: pytest.Pytester,
+) -> None:
+    expected = """
+        @pytest.mark.xfail(raises=tb.BrokenProperty, strict=True)
+        @tb.conformance(max_examples=2)
+        def test_wrong(case):
+            return build(case, CallsBackwardItself)
+
+        @pytest.mark.xfail(raises=tb.BrokenProperty, strict=True)
+        @tb.conformance(max_examples=2)
+        def test_misused(case):
+            return build(case).module
+    """
+    write(pytester, expected)
+
+    result = pytester.runpytest_inprocess("-k", "backward_goes_through")
+
+    result.assert_outcomes(xfailed=1, failed=1, deselected=2 * len(NAMES) - 2)
+    assert "test_misused must return a Subject, got TruncatedRNN" in result.stdout.str()
+
+
+def test_a_test_may_skip_itself(pytester: pytest.Pytester) -> None:
+    skips = """
+        @tb.conformance()
+        def test_skips(case):
+            pytest.skip("no data here")
+    """
+    write(pytester, skips)
+
+    result = pytester.runpytest_inprocess("-rs", "-k", "graph_crosses_no_boundary")
+
+    result.assert_outcomes(skipped=1, deselected=len(NAMES) - 1)
+    assert "no data here" in result.stdout.str()
+
+
+def test_statistics_tell_the_verdicts_of_each_item(pytester: pytest.Pytester) -> None:
+    write(pytester, RIGHT)
+
+    result = pytester.runpytest_inprocess(
+        "--hypothesis-show-statistics", "-k", "training_reaches_the_end or graph_crosses"
+    )
+
+    told = result.stdout.str()
+    for name in ("training_reaches_the_end", "graph_crosses_no_boundary"):
+        assert f"test_mine.py::test_right[{name}]:" in told
+    assert told.count("3 passing test cases") == 2
+    assert "* 100.00%, holds" in told
+
+
+def test_two_processes_share_the_items(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    write(pytester, RIGHT, WRONG)
+
+    result = pytester.runpytest_subprocess("-n", "2", "-k", "graph or backward_goes_through")
+
+    result.assert_outcomes(passed=5, failed=1)
+    result.stdout.no_re_match_line(".*different tests were collected.*")
+
+
+def test_what_takes_no_case_is_refused() -> None:
+    def test_lit_rnn(example: tb.Case) -> tb.Subject:
+        return right(example)
+
+    with pytest.raises(TypeError) as refusal:
+        tb.conformance()(test_lit_rnn)
+
+    due = "test_lit_rnn must take an argument named case, the Case to build for"
+    assert str(refusal.value) == due
+
+
+def test_a_size_that_no_case_has_is_refused() -> None:
+    with pytest.raises(ValueError) as refusal:  # noqa: PT011 -- its text is compared below
+        tb.conformance(window=35)
+
+    assert str(refusal.value) == (
+        "a case has no size 'window': "
+        "its sizes are batch, steps, chunk, inputs, hidden, outputs, batches, seed"
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "due"),
+    [
+        ({"chunk": 0}, "chunk must be an integer of at least 1, got chunk=0"),
+        ({"seed": -1}, "seed must be an integer of at least 0, got seed=-1"),
+        ({"max_examples": 0}, "max_examples must be at least 1, got max_examples=0"),
+    ],
+)
+def test_an_impossible_size_is_refused(sizes: dict[str, int], due: str) -> None:
+    with pytest.raises(ValueError) as refusal:  # noqa: PT011 -- its text is compared below
+        tb.conformance(**sizes)
+
+    assert str(refusal.value) == due
