@@ -51,6 +51,14 @@ def near(found: float, due: float, *, dtype: torch.dtype = torch.float64) -> boo
     return close(torch.tensor(found, dtype=dtype), torch.tensor(due, dtype=dtype))
 
 
+def near_slope(one: float, other: float) -> bool:
+    """Tell whether two slopes of a loss are the same, but for what differencing its values costs.
+
+    Rounding leaves about 1e-16 / NUDGE = 1e-11 of a loss near 1, and truncation NUDGE² = 1e-10.
+    """
+    return abs(one - other) <= 1e-8 + 1e-6 * max(abs(one), abs(other))
+
+
 def _tolerance(tensor: Tensor) -> Tolerance:
     return EXACT.get(tensor.dtype, EXACT[torch.float32])
 

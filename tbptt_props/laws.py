@@ -28,6 +28,8 @@ from tbptt_props.trace import Chunk, Ending, Rerun, Rule, Span, Tensors, time_di
 from tbptt_props.train import train
 from tbptt_props.watch import Arguments, Training, Watch, owner_of, plain_attributes
 
+LATEST = 4  # boundaries at which a run may be resumed
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -58,10 +60,14 @@ class Bookmarks:
     where: tuple[int, int] | None = field(init=False)  # batch and time step of the boundary
 
     def __post_init__(self) -> None:
-        """Choose the boundary: any one of the last batch that has one."""
+        """Choose the boundary: one of the last few of the last batch that has one.
+
+        The last few, because the second run costs what it trains; and what an earlier chunk left
+        behind that it should not have is still there.
+        """
         self.where = None
         for batch in range(len(self.plan) - 1, -1, -1):
-            starts = [start for start, _ in self.plan[batch]][1:]
+            starts = [start for start, _ in self.plan[batch]][1:][-LATEST:]
             if starts:
                 self.where = (batch, starts[self.case.seed % len(starts)])
                 return

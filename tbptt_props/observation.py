@@ -109,11 +109,9 @@ def batches_of(subject: Subject, case: Case) -> Batches:
 
 
 def _usable(index: int, batch: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    name = f"batches[{index}]"
+    name, count = f"batches[{index}]", len(batch)
     if len(batch) != 2 or not all(isinstance(part, torch.Tensor) for part in batch):
-        raise ValueError(
-            f"{name} must be a pair of tensors (inputs, targets), got {len(batch)} parts"
-        )
+        raise ValueError(f"{name} must be a pair of tensors (inputs, targets), got {count} parts")
     x, y = batch
     if x.dim() < 2 or y.dim() < 2 or x.shape[:2] != y.shape[:2]:
         raise ValueError(
@@ -126,7 +124,7 @@ def _usable(index: int, batch: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Ten
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name} must be finite, got NaN or infinity among its {part}")
     floating = torch.get_default_dtype()
-    return tuple(t.to(floating) if t.is_floating_point() else t for t in (x, y))  # type: ignore[return-value]
+    return tuple(t.to(floating) if t.is_floating_point() else t for t in (x, y))
 
 
 def _small(case: Case, plan: Sequence[Sequence[Span]]) -> bool:

@@ -14,7 +14,16 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from tbptt_props.compare import clipped, close, difference, is_clipped, near, same, worst
+from tbptt_props.compare import (
+    clipped,
+    close,
+    difference,
+    is_clipped,
+    near,
+    near_slope,
+    same,
+    worst,
+)
 from tbptt_props.state import leaves
 from tbptt_props.trace import (
     Chunk,
@@ -442,7 +451,7 @@ def _state_differences(where: str, found: Tensors, due: Tensors) -> Iterator[Fin
 
 
 def _cut_off(chunk: Chunk) -> Iterator[tuple[str, str]]:
-    """Yield leaves of an initial state that have a trainable parameter's value but not its graph."""
+    """Yield leaves of an initial state with a trainable parameter's value but not its graph."""
     given = chunk.given
     if given is None or not chunk.starts_batch:
         return
@@ -502,11 +511,6 @@ def _dtype(link: Link) -> torch.dtype:
     given = link.chunk.given
     prediction = given.calls[0].prediction if isinstance(given, Given) else None
     return torch.float64 if prediction is None else prediction.dtype
-
-
-def near_slope(one: float, other: float) -> bool:
-    """Tell whether autograd's slope is the one of the values, but for what differencing costs."""
-    return abs(one - other) <= 1e-8 + 1e-6 * max(abs(one), abs(other))
 
 
 def _cotangent_differences(link: Link) -> Iterator[Finding]:

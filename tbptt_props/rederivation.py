@@ -10,15 +10,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tbptt_props.compare import close, near, same, worst
-from tbptt_props.graph import nodes_behind as _nodes
+from tbptt_props.compare import close, near, near_slope, same, worst
+from tbptt_props.graph import nodes_behind
 from tbptt_props.process import randomness, set_randomness
 from tbptt_props.state import leaves, map_tensors, value_of
 from tbptt_props.subject import Subject, resolve
@@ -34,27 +34,23 @@ from tbptt_props.trace import (
     time_dimension,
 )
 
+Form = Literal["whole", "mean", "sum"]  # how a loss is put together from several calls
+
 NUDGE = 1e-5  # central differences in float64: truncation error near NUDGE² = 1e-10
 
 
-def rederive(subject: Subject, chunk: Chunk) -> Expected:
+def rederive(subject: Subject, chunk: Chunk, *, slope: bool = True) -> Expected:
     """Run one chunk by itself on `subject`'s module, with no past to leak from and no loop.
 
     The module's parameters, buffers and plain attributes are overwritten with what the chunk was
-    given: pass a subject that nobody trains.
+    given: pass a subject that nobody trains. Without `slope`, two forwards are saved.
     """
     given, outcome = chunk.given, chunk.outcome
     if given is None or outcome is None:
         return Expected(missing="the chunk's tensors were dropped")
     try:
         with _kept_randomness():
-            return _rederived(
-                subject,
-                given,
-                outcome,
-                within_batch=not chunk.starts_batch,
-                time=time_dimension(chunk),
-            )
+            return _rederived(subject, chunk, given, outcome, slope=slope)
     except Exception as error:  # whatever a stranger's forward raises outside its loop
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return Expected(missing=f"forward could not be repeated outside training ({reason})")
@@ -69,51 +65,94 @@ def _kept_randomness() -> Iterator[None]:
         set_randomness(before)
 
 
+@dataclass(frozen=True)
+class _Again:
+    """A chunk's forward and loss, run again; the graph is alive."""
+
+    predictions: list[Tensor]
+    state: Any
+    nodes: set[Any]
+    connected: bool  # a path leads from what came out to the incoming state
+    draws: bool  # random numbers were drawn
+    form: Form
+    loss: Tensor | None
+    cotangents: list[Tensor | None]
+    gradients: Tensors  # of that loss
+
+
 def _rederived(
-    subject: Subject, given: Given, outcome: Outcome, *, within_batch: bool, time: int | None
+    subject: Subject, chunk: Chunk, given: Given, outcome: Outcome, *, slope: bool
 ) -> Expected:
-    module = subject.module
-    _load(module, given)
+    _load(subject.module, given)
+    again = _run(subject, given, outcome.loss)
+    within_batch = not chunk.starts_batch
+    expected = Expected(
+        loss=None if again.loss is None else float(again.loss.detach()),
+        cotangents=tuple(again.cotangents),
+        gradients=_of_the_loss_seen(subject, again, outcome),
+        state=value_of(again.state),
+        state_matters=_state_matters(subject, given, again) if within_batch else None,
+        draws=again.draws,
+        in_two=None if within_batch else _in_two(subject, chunk, given, again),
+    )
+    parameters, rule_missing = _updated(outcome)
+    expected = replace(expected, parameters=parameters, rule_missing=rule_missing)
+    if not slope or again.loss is None:
+        return replace(expected, slope_unclear="it is looked at in the run's other chunks")
+    by_values, by_autograd, unclear = _slopes(subject, given, again)
+    return replace(expected, slope=by_values, autograd_slope=by_autograd, slope_unclear=unclear)
+
+
+def _run(subject: Subject, given: Given, found: float) -> _Again:
     incoming = map_tensors(_wanting_gradient, given.calls[0].state)
     predictions, state = _forward(subject, given, incoming)
-    nodes = _nodes([*predictions, *leaves(state).values()])
-    connected = _connected(nodes, leaves(incoming).values())
-    trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    form = _form_of(subject, given, predictions, outcome.loss)
-    loss, cotangents = _loss(subject, given, predictions, form)
-    # The gradient of the loss that the subject really had; where that one is wrong, the loss is
-    # to blame and not the gradient.
-    seen = outcome.cotangents
-    known = [g for g in seen if g is not None]
-    due_alone = not (len(known) == len(seen) == len(predictions)) or _same_all(known, cotangents)
-    along = cotangents if due_alone else seen
-    gradients = _pulled_back(predictions, along, trainable)
     draws = not torch.equal(torch.get_rng_state(), given.randomness[0])
-    parameters, rule_missing = _updated(outcome)
-    slope, autograd_slope, unclear = None, None, ""
-    if loss is not None:
-        due = gradients if along is cotangents else _pulled_back(predictions, cotangents, trainable)
-        slope, autograd_slope, unclear = _slopes(subject, given, nodes, trainable, due, form)
-    return Expected(
-        loss=None if loss is None else float(loss.detach()),
-        cotangents=tuple(cotangents),
-        gradients=gradients,
-        parameters=parameters,
-        state=value_of(state),
-        slope=slope,
-        autograd_slope=autograd_slope,
-        slope_unclear=unclear,
-        rule_missing=rule_missing,
-        state_matters=(
-            _state_matters(subject, given, predictions, state, connected=connected)
-            if within_batch
-            else None
-        ),
+    nodes = nodes_behind([*predictions, *leaves(state).values()])
+    form = _form_of(subject, given, predictions, found)
+    loss = None
+    cotangents: list[Tensor | None] = [None] * len(predictions)
+    gradients: Tensors = {}
+    if given.target is not None:
+        loss = _as_trained(subject, given.target, predictions, form)
+        cotangents, gradients = _differentiated(loss, predictions, _trainable(subject))
+    return _Again(
+        predictions=predictions,
+        state=state,
+        nodes=nodes,
+        connected=_connected(nodes, leaves(incoming).values()),
         draws=draws,
-        in_two=(
-            None if draws or within_batch else _in_two(subject, given, time, predictions, state)
-        ),
+        form=form,
+        loss=loss,
+        cotangents=cotangents,
+        gradients=gradients,
     )
+
+
+def _trainable(subject: Subject) -> dict[str, nn.Parameter]:
+    return {n: p for n, p in subject.module.named_parameters() if p.requires_grad}
+
+
+def _differentiated(
+    loss: Tensor, predictions: Sequence[Tensor], trainable: Mapping[str, nn.Parameter]
+) -> tuple[list[Tensor | None], Tensors]:
+    """Return the loss's gradient by each prediction, and by each parameter."""
+    wanted = [*predictions, *trainable.values()]
+    grads = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
+    by_parameter = zip(trainable, grads[len(predictions) :], strict=True)
+    return list(grads[: len(predictions)]), {n: g for n, g in by_parameter if g is not None}
+
+
+def _of_the_loss_seen(subject: Subject, again: _Again, outcome: Outcome) -> Tensors:
+    """Return the gradients of the loss that the subject really had.
+
+    Where that loss is wrong, it is to blame, and not the gradients that follow from it.
+    """
+    seen = outcome.cotangents
+    if len(seen) != len(again.predictions) or any(g is None for g in seen):
+        return again.gradients
+    if _same_all(seen, again.cotangents):
+        return again.gradients
+    return _pulled_back(again.predictions, seen, _trainable(subject))
 
 
 def _same_all(ones: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
@@ -161,53 +200,43 @@ def _repeat(call_forward: Any, call: Call, state: Any) -> tuple[Tensor, Any]:
 
 @torch.no_grad()
 def _in_two(
-    subject: Subject,
-    given: Given,
-    time: int | None,
-    predictions: Sequence[Tensor],
-    state: Any,
+    subject: Subject, chunk: Chunk, given: Given, again: _Again
 ) -> tuple[Difference, ...] | None:
     """Run the chunk in two parts; return what differs, or None where it need not be the same."""
-    first = given.calls[0]
-    if time is None or len(given.calls) > 1 or not leaves(state):
-        return None
-    steps = first.x.shape[time]
-    whole = predictions[0].detach()
+    first, time = given.calls[0], time_dimension(chunk)
     positional, named = first.others
-    if steps < 2 or whole.dim() <= time or whole.shape[time] != steps or positional or named:
+    if again.draws or time is None or not leaves(again.state) or positional or named:
+        return None
+    steps, whole = first.x.shape[time], again.predictions[0].detach()
+    if steps < 2 or whole.dim() <= time or whole.shape[time] != steps:
         return None
     _load_values(subject.module, given)
     call_forward = resolve(subject.module, subject.forward)
-    carried = value_of(first.state)
     part = 1 if steps < 4 else 2  # two time steps, for a forward that treats a single one apart
     early, late = torch.split(first.x, [part, steps - part], dim=time)
-    before, carried = _repeat(call_forward, replace(first, x=early), carried)
+    before, midway = _repeat(call_forward, replace(first, x=early), value_of(first.state))
     # A forward that looks ahead within the chunk, or takes its statistics as batch norm does, and
     # a state that grows with the time steps, legitimately depend on how the chunk is cut.
-    due, midway = leaves(state), leaves(carried)
-    if [leaf.shape for leaf in due.values()] != [leaf.shape for leaf in midway.values()]:
+    shapes = [[leaf.shape for leaf in leaves(tree).values()] for tree in (again.state, midway)]
+    if shapes[0] != shapes[1] or not close(before, whole.narrow(time, 0, part)):
         return None
-    if not close(before, whole.narrow(time, 0, part)):
-        return None
-    _, carried = _repeat(call_forward, replace(first, x=late, handed=True), carried)
-    return tuple(worst(leaves(carried), due))
+    _, carried = _repeat(call_forward, replace(first, x=late, handed=True), midway)
+    return tuple(worst(leaves(carried), leaves(again.state)))
 
 
 @torch.no_grad()
-def _state_matters(
-    subject: Subject, given: Given, predictions: Sequence[Tensor], state: Any, *, connected: bool
-) -> bool | None:
+def _state_matters(subject: Subject, given: Given, again: _Again) -> bool | None:
     """Tell whether what a chunk does depends on the state it starts from."""
     first = given.calls[0]
     if not any(leaf.is_floating_point() for leaf in leaves(first.state).values()):
         return None
-    if connected:  # it has a path, be it through units that are dead here
+    if again.connected:  # it has a path, be it through units that are dead here
         return True
     _load_values(subject.module, given)
     changed, after = _forward(subject, given, map_tensors(_nudged, first.state))
-    if not all(map(same, changed, (p.detach() for p in predictions))):
+    if not all(map(same, changed, (p.detach() for p in again.predictions))):
         return True
-    return not all(map(same, leaves(after).values(), leaves(state).values()))
+    return not all(map(same, leaves(after).values(), leaves(again.state).values()))
 
 
 def _wanting_gradient(tensor: Tensor) -> Tensor:
@@ -223,20 +252,6 @@ def _connected(nodes: set[Any], inputs: Iterable[Tensor]) -> bool:
 
 def _nudged(tensor: Tensor) -> Tensor:
     return tensor + 0.5 if tensor.is_floating_point() else tensor
-
-
-def _loss(
-    subject: Subject, given: Given, predictions: Sequence[Tensor], form: Form
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Return the chunk's loss, and its gradient by each prediction; None where it isn't known."""
-    if given.target is None:
-        return None, [None] * len(predictions)
-    loss = _as_trained(subject, given.target, predictions, form)
-    grads = torch.autograd.grad(loss, list(predictions), retain_graph=True, allow_unused=True)
-    return loss, list(grads)
-
-
-Form = Literal["whole", "mean", "sum"]
 
 
 @torch.no_grad()
@@ -291,62 +306,51 @@ def _pulled_back(
 
 
 def _slopes(
-    subject: Subject,
-    given: Given,
-    nodes: set[Any],
-    trainable: Mapping[str, nn.Parameter],
-    gradients: Tensors,
-    form: Form,
+    subject: Subject, given: Given, again: _Again
 ) -> tuple[float | None, float | None, str]:
     """Difference the loss along one direction, and take autograd's word for the same."""
-    custom = _custom_function(nodes)
+    custom = _custom_function(again.nodes)
     if custom:
         return None, None, f"{custom} defines a gradient of its own, which need not be the slope"
+    trainable = _trainable(subject)
     if any(p.dtype != torch.float64 for p in trainable.values()):
         return None, None, "values in less than float64 are too coarse to difference"
-    direction = _direction(trainable)
-    told = sum(float((gradients[n] * v).sum()) for n, v in direction.items() if n in gradients)
-    wide = _differenced(subject, given, trainable, direction, NUDGE, form)
-    if _agree(wide, told):
+    told = sum(
+        float((again.gradients[name] * along).sum())
+        for name, _, along in _directed(trainable)
+        if name in again.gradients
+    )
+    wide = _differenced(subject, given, again.form, NUDGE)
+    if near_slope(wide, told):
         return wide, told, ""
     # A kink within the nudge (relu, clamp) shows as two nudges that disagree with each other.
-    narrow = _differenced(subject, given, trainable, direction, NUDGE / 4, form)
-    if not _agree(wide, narrow):
+    narrow = _differenced(subject, given, again.form, NUDGE / 4)
+    if not near_slope(wide, narrow):
         return None, None, "the loss has a kink close by"
     return wide, told, ""
 
 
-def _agree(one: float, other: float) -> bool:
-    # Rounding leaves about 1e-16 / NUDGE = 1e-11 of a loss near 1.
-    return abs(one - other) <= 1e-8 + 1e-6 * max(abs(one), abs(other))
-
-
-def _direction(trainable: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+def _directed(
+    trainable: Mapping[str, nn.Parameter],
+) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+    """Yield each parameter with its part of one fixed direction, made when it is needed."""
     generator = torch.Generator().manual_seed(0)
-    return {
-        name: torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
-        for name, p in trainable.items()
-    }
+    for name, parameter in trainable.items():
+        along = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        yield name, parameter, along.to(parameter)
 
 
 @torch.no_grad()
-def _differenced(
-    subject: Subject,
-    given: Given,
-    trainable: Mapping[str, nn.Parameter],
-    direction: Tensors,
-    nudge: float,
-    form: Form,
-) -> float:
+def _differenced(subject: Subject, given: Given, form: Form, nudge: float) -> float:
     losses = []
+    trainable = _trainable(subject)
     for sign in (1, -1):
-        for name, parameter in trainable.items():
-            parameter.copy_(given.parameters[name] + sign * nudge * direction[name])
+        for name, parameter, along in _directed(trainable):
+            parameter.copy_(given.parameters[name]).add_(along, alpha=sign * nudge)
         _load_values(subject.module, given)
         predictions, _ = _forward(subject, given, value_of(given.calls[0].state))
         assert given.target is not None
-        whole = _as_trained(subject, given.target, predictions, form)
-        losses.append(float(whole))
+        losses.append(float(_as_trained(subject, given.target, predictions, form)))
     for name, parameter in trainable.items():
         parameter.copy_(given.parameters[name])
     return (losses[0] - losses[1]) / (2 * nudge)

@@ -19,9 +19,13 @@ def leaves(tree: Any, path: str = "state") -> dict[str, Tensor]:
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """Return a copy of `tree` with `change` applied to every tensor; `tree` itself stays as it is."""
+    """Return a copy of `tree` with `change` applied to every tensor; `tree` stays as it is."""
     if isinstance(tree, Tensor):
         return change(tree)
+    if tree is None or isinstance(tree, (bool, int, float, str)):
+        return tree
+    if type(tree) is dict:
+        return {key: map_tensors(change, item) for key, item in tree.items()}
     if isinstance(tree, Mapping):
         return _rebuilt_mapping(change, tree)
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):  # a named tuple
@@ -48,7 +52,7 @@ def _value_of_tensor(tensor: Tensor) -> Tensor:
 
 def same_layout(tensor: Tensor) -> Tensor:
     """Return a copy of `tensor` with its very strides and offset, for bitwise comparisons."""
-    storage = tensor.detach().untyped_storage().clone()
+    storage = tensor.detach().untyped_storage().clone()  # type: ignore[no-untyped-call]
     return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
         storage, tensor.storage_offset(), tensor.shape, tensor.stride()
     )
@@ -66,6 +70,8 @@ def _rebuilt_mapping(change: Callable[[Tensor], Tensor], tree: Mapping[Any, Any]
 def _collect(tree: Any, path: str, found: dict[str, Tensor], seen: set[int]) -> None:
     if isinstance(tree, Tensor):
         found[path] = tree
+        return
+    if tree is None or isinstance(tree, (bool, int, float, str)):
         return
     if id(tree) in seen or isinstance(tree, (type, torch.nn.Module)):
         return

@@ -191,7 +191,7 @@ class Link:
     chunk: Chunk
     expected: Expected
     plan: tuple[Span, ...] = ()  # the chunks due in this batch
-    contract: Contract = Contract()
+    contract: Contract = field(default_factory=Contract)
 
 
 @dataclass(frozen=True)

@@ -481,7 +481,7 @@ class Watch:
         for tensor in (prediction, *after):
             if tensor.grad_fn is not None:
                 canary = _Canary()
-                tensor.grad_fn.metadata["tbptt"] = canary
+                tensor.grad_fn.metadata["tbptt"] = canary  # type: ignore[index]
                 live.canaries.append(weakref.ref(canary))
 
         def take(cotangent: Tensor) -> None:

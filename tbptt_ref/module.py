@@ -15,6 +15,7 @@ from torch.nn.functional import mse_loss
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+PLAIN_SGD = partial(SGD, lr=0.1)
 State = Any  # any nesting of tensors that the core hands on; None before the first time step
 
 
@@ -46,7 +47,7 @@ class TruncatedRNN(LightningModule):
         *,
         chunk: int,
         loss: Callable[[Tensor, Tensor], Tensor] = mse_loss,
-        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = partial(SGD, lr=0.1),
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = PLAIN_SGD,
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         clip_norm: float | None = None,
     ) -> None:
