@@ -247,10 +247,12 @@ def verify(
 class Bench:
     """Judges what a factory builds, once per case; remembers the verdicts, not the tensors."""
 
-    def __init__(self, build: Build, properties: Sequence[Property] = PROPERTIES) -> None:
-        """Judge what `build` makes."""
+    def __init__(
+        self, build: Build, properties: Sequence[Property] = PROPERTIES, *, name: str = ""
+    ) -> None:
+        """Judge what `build` makes, under `name` or its own."""
         self.build = build
-        self.name = getattr(build, "__name__", type(build).__name__)
+        self.name = name or _named(build)
         self.properties = properties
         self.reports: dict[Case, Report] = {}
         self.last: Subject | None = None
@@ -332,6 +334,12 @@ class Bench:
             return verdict
         best = min((smallest, verdict.case or smallest), key=lambda case: _measure(case))
         return replace(self.judge(best)[verdict.name], judged=verdict.judged)
+
+
+def _named(build: Build) -> str:
+    """Return `module:function`, as the command line takes it."""
+    name = getattr(build, "__qualname__", type(build).__name__)
+    return f"{build.__module__}:{name}" if hasattr(build, "__module__") else name
 
 
 def _size(verdict: Verdict) -> tuple[int, ...]:

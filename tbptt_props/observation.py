@@ -169,4 +169,8 @@ def _line(error: BaseException) -> str:
         for frame in traceback.extract_tb(error.__traceback__)
         if "site-packages" not in frame.filename and not Path(frame.filename).is_relative_to(ours)
     ]
-    return f"{frames[-1].filename}:{frames[-1].lineno}   {frames[-1].line}" if frames else ""
+    if not frames:
+        return ""
+    path, here = Path(frames[-1].filename), Path.cwd()
+    shown = path.relative_to(here) if path.is_relative_to(here) else path
+    return f"{shown}:{frames[-1].lineno}   {frames[-1].line}"

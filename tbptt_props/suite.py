@@ -41,37 +41,64 @@ def conformance(
     strategy = cases(**fixed)
 
     def decorate(build: Callable[..., Subject]) -> Any:
+        name = getattr(build, "__name__", repr(build))
         if "case" not in inspect.signature(build).parameters:
-            name = getattr(build, "__name__", repr(build))
             raise TypeError(f"{name} must take an argument named case, the Case to build for")
-        test = _test_of(build)
-        test = given(case=strategy)(test)
-        test = _settled(max_examples)(test)
-        test = _seeded()(test)
+        tally = _Tally()
+        test = _seeded()(_settled(max_examples)(given(case=strategy)(_test_of(build, tally))))
         by_name = {p.__name__: p for p in PROPERTIES}
-        return pytest.mark.parametrize("judged", by_name.values(), ids=by_name)(test)
+        mark = pytest.mark.parametrize("judged", by_name.values(), ids=by_name)
+        return mark(_skipping_what_nothing_was_judged_of(test, tally))
 
     return decorate
 
 
-def _test_of(build: Callable[..., Subject]) -> Callable[..., None]:
+class _Tally:
+    """What came of the item that is running."""
+
+    def __init__(self) -> None:
+        self.held = 0
+        self.missing = ""
+
+
+def _test_of(build: Callable[..., Subject], tally: _Tally) -> Callable[..., None]:
     """Make the body of the test: judge a case, and raise if the item's property is broken."""
     bench: dict[tuple[Any, ...], Bench] = {}
 
     @functools.wraps(build)
     def test(case: Case, judged: Property, **fixtures: Any) -> None:
+        __tracebackhide__ = True
         key = tuple(sorted((name, id(value)) for name, value in fixtures.items()))
         if key not in bench:
             bench.clear()
-            bench[key] = Bench(functools.wraps(build)(lambda case: build(case=case, **fixtures)))
+            bench[key] = Bench(
+                lambda case: build(case=case, **fixtures), name=getattr(build, "__name__", "test")
+            )
         report = bench[key].judge(case)
         verdict = report[judged.__name__]
         hypothesis.event(verdict.status)
+        tally.held += verdict.judged
+        tally.missing = tally.missing or verdict.missing
         if verdict.violations:
             raise BrokenProperty("\n" + failure_text(report, verdict))
 
     test.__signature__ = _with_property(build)  # type: ignore[attr-defined]
     return test
+
+
+def _skipping_what_nothing_was_judged_of(test: Any, tally: _Tally) -> Any:
+    """Skip an item of which no case could be judged: it must not look as if it held."""
+
+    # What Hypothesis hangs on its tests, its pytest plugin looks for: `wraps` takes it along.
+    @functools.wraps(test)
+    def item(*args: Any, **kwargs: Any) -> None:
+        __tracebackhide__ = True
+        tally.held, tally.missing = 0, ""
+        test(*args, **kwargs)
+        if not tally.held:
+            pytest.skip(f"not judged: needs {tally.missing or 'cases'}")
+
+    return item
 
 
 def _with_property(build: Callable[..., Subject]) -> inspect.Signature:

@@ -237,9 +237,9 @@ class Trace:
     updates: int = 0  # how many there were
     counted: int | None = None  # how many Lightning counted; None: not trained by Lightning
     changed: tuple[tuple[int, Difference], ...] = ()  # entries of the caller's batches
-    one_chunk: Rerun = Rerun("", missing="it was not run")
-    resumed: Rerun = Rerun("", missing="it was not run")
-    alone: Rerun = Rerun("", missing="it was not run")
+    one_chunk: Rerun = Rerun("", missing="training that reaches the end")
+    resumed: Rerun = Rerun("", missing="training that reaches the end")
+    alone: Rerun = Rerun("", missing="training that reaches the end")
 
 
 def spanned(span: Span | None) -> str:
