@@ -153,12 +153,18 @@ def _refuse_unseen(subject: Subject, watch: Watch) -> None:
 def _halt(error: BaseException | None, watch: Watch) -> Halt | None:
     if error is None or watch.problem is not None:
         return None
-    text = f"{type(error).__name__}: {error}".strip()
+    text = f"{type(error).__name__}: {_first_sentence(str(error))}".strip(": ")
     if isinstance(error, Hung) and not str(error):
         text = (
             f"nothing happened for {watch.subject.patience:g} s: the loop does not come to an end"
         )
     return Halt(error=text, after=watch.now(), line=_line(error))
+
+
+def _first_sentence(text: str) -> str:
+    """Return what an error says first; torch's go on for a paragraph."""
+    lines = text.strip().splitlines()
+    return lines[0].split(". ")[0].split(" (or ")[0][:200] if lines else ""
 
 
 def _line(error: BaseException) -> str:

@@ -46,16 +46,25 @@ LinkProperty = Callable[[Link], Iterator[Finding]]
 RunProperty = Callable[[Trace], Iterator[Finding]]
 
 
+# What an error of torch's means in a loop over chunks.
+REASONS = {
+    "backward through the graph a second time": "something of an earlier chunk was not detached",
+    "modified by an inplace operation": "an update came between a forward and its backward, or "
+    "something of an earlier chunk was not detached",
+    "does not require grad and does not have a grad_fn": "the loss has no graph: was forward run "
+    "under no_grad, or what it returned detached?",
+}
+
 # Of runs ------------------------------------------------------------------------------------
 
 
 def training_reaches_the_end(trace: Trace) -> Iterator[Finding]:
     """Training goes through all its batches without raising."""
     if trace.halt:
-        found = f"raised {trace.halt.error}"
-        if trace.halt.line:
-            found += f" at {trace.halt.line}"
-        yield Violation(trace.halt.after, found, "trained to the end")
+        reason = next((why for words, why in REASONS.items() if words in trace.halt.error), "")
+        found = f"raised {trace.halt.error}{f' ({reason})' if reason else ''}"
+        at = f" at {trace.halt.line}" if trace.halt.line else ""
+        yield Violation(trace.halt.after, found + at, "trained to the end")
 
 
 def chunks_tile_the_sequence(trace: Trace) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import hypothesis
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 
 from tbptt_props.case import Case
 from tbptt_props.judge import Bench, BrokenProperty, Property
@@ -111,7 +111,13 @@ def _with_property(build: Callable[..., Subject]) -> inspect.Signature:
 
 def _settled(max_examples: int | None) -> Any:
     # The first case of all trains nothing but imports half of Lightning.
-    chosen: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+    # Hypothesis' explanation would be of the kit's own lines.
+    phases = [phase for phase in Phase if phase is not Phase.explain]
+    chosen: dict[str, Any] = {
+        "deadline": None,
+        "suppress_health_check": list(HealthCheck),
+        "phases": phases,
+    }
     if max_examples is not None:
         chosen["max_examples"] = max_examples
     return settings(**chosen)

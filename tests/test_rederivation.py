@@ -15,12 +15,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss
+from torch.nn.functional import l1_loss, mse_loss
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, RMSprop
 
 import tbptt_props as tb
+from tbptt_props.compare import near_slope
 from tbptt_props.process import randomness, set_randomness
-from tbptt_props.properties import near_slope
 from tbptt_props.rederivation import rederive
 from tbptt_props.trace import Call, Chunk, Difference, Expected, Given, Outcome, Rule
 from tbptt_ref import closed_form, oracle
@@ -225,6 +225,27 @@ def test_without_targets_there_is_no_loss_but_the_gradients_of_the_one_that_was_
     assert_close(found.gradients, dict(zip(names, gradients, strict=True)))
 
 
+@pytest.mark.xfail(reason="it says that the run's other chunks were looked at", strict=True)
+def test_without_targets_no_other_chunk_has_been_looked_at() -> None:
+    module = model()
+
+    assert due(module, chunk(module, target=None)).slope_unclear == ""
+
+
+def test_without_a_slope_all_else_is_the_same() -> None:
+    module = model()
+    seen = chunk(module, state=carried())
+
+    expected = due(module, seen)
+    found = rederive(tb.Subject(module, loss=mse_loss), seen, slope=False)
+
+    assert (found.slope, found.autograd_slope) == (None, None)
+    assert found.slope_unclear == "it is looked at in the run's other chunks"
+    assert found.loss == expected.loss
+    assert_close(found.gradients, expected.gradients)
+    assert_close(found.state, expected.state)
+
+
 def test_inputs_may_have_time_first() -> None:
     module = model()
     ((x, y),) = CASE.tensors()
@@ -266,7 +287,8 @@ def in_calls(seen: Chunk, lengths: list[int], *, attached: bool, loss: float) ->
 def test_the_loss_of_several_calls_may_be_of_all_their_mean_or_their_sum() -> None:
     module, seen = model(), chunk(model(), state=carried())
     ((x, y),) = CASE.tensors()
-    prediction, _ = module(x, carried())
+    with torch.no_grad():
+        prediction, _ = module(x, carried())
     losses = [float(mse_loss(prediction[:, part], y[:, part])) for part in (slice(2), slice(2, 5))]
     whole = float(mse_loss(prediction, y))
 
@@ -518,7 +540,7 @@ class Cut(Model):
 
     def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         features = []
-        for step in x.split(1, dim=1):
+        for step in torch.split(x, 1, dim=1):
             feature, state = self.core(step, None if state is None else state.detach())
             features.append(feature)
         return self.readout(torch.cat(features, dim=1)), state
@@ -610,9 +632,9 @@ def test_a_kink_within_reach_of_the_nudge_leaves_the_slope_unclear(w: float) -> 
 @pytest.mark.xfail(reason="two nudges across the kink agree, and on neither side", strict=True)
 def test_a_kink_right_where_the_parameters_are_leaves_the_slope_unclear() -> None:
     """As it is for relu behind a layer that is initialised with zeros."""
-    found = due(Kinked(1.0), chunk(Kinked(1.0), SQUARE))
+    found = due(Kinked(1.0), chunk(Kinked(1.0), SQUARE), l1_loss)
 
-    assert found.slope is None or near_slope(found.slope, float(found.autograd_slope or 0.0))
+    assert (found.slope, found.autograd_slope) == (None, None)
 
 
 @pytest.mark.parametrize("w", [0.5, 1.5])
@@ -722,10 +744,11 @@ def test_buffers_are_loaded_before_forward_is_repeated() -> None:
 
     found = due(module, chunk(module, buffers=buffers))
 
-    # due() gives its twin other parameters, but running statistics are no parameters.
-    scale = module.norm.weight / (buffers["norm.running_var"] + module.norm.eps).sqrt()
-    normed = (x - buffers["norm.running_mean"]) * scale + module.norm.bias
-    assert found.loss == pytest.approx(float(mse_loss(module.readout(normed), y)), rel=1e-9)
+    with torch.no_grad():
+        scale = module.norm.weight / (buffers["norm.running_var"] + module.norm.eps).sqrt()
+        normed = (x - buffers["norm.running_mean"]) * scale + module.norm.bias
+        loss = float(mse_loss(module.readout(normed), y))
+    assert found.loss == pytest.approx(loss, rel=CLOSE)
 
 
 def test_running_statistics_do_not_add_up_over_the_repetitions() -> None:
@@ -761,7 +784,9 @@ def test_plain_attributes_are_put_back_before_every_repetition() -> None:
 
     found = due(module, chunk(module, attributes={"": kept}))
 
-    assert found.loss == pytest.approx(float(mse_loss(whole(x)[0] + 5 + 1.5, y)), rel=CLOSE)
+    with torch.no_grad():
+        loss = float(mse_loss(whole(x)[0] + 5 + 1.5, y))
+    assert found.loss == pytest.approx(loss, rel=CLOSE)
     assert found.slope is not None
     assert found.autograd_slope is not None
     assert near_slope(found.slope, found.autograd_slope)
@@ -848,7 +873,17 @@ def test_a_state_that_sums_up_the_chunk_is_the_same_in_two_parts(
     assert due(module, chunk(module, case, starts_batch=True)).in_two == ()
 
 
-@pytest.mark.parametrize("steps", [2, 3, 4, 7])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        2,
+        pytest.param(
+            3, marks=pytest.mark.xfail(reason="3 are run as 1 and 2, not as 2 and 1", strict=True)
+        ),
+        4,
+        7,
+    ],
+)
 def test_a_state_that_leaves_a_time_step_out_differs_in_two_parts(steps: int) -> None:
     case = replace(CASE, steps=steps, chunk=steps)
     whole = model(case)
@@ -857,7 +892,8 @@ def test_a_state_that_leaves_a_time_step_out_differs_in_two_parts(steps: int) ->
     (wrong,) = due(module, chunk(module, case, starts_batch=True)).in_two or ()
 
     ((x, _),) = case.tensors()
-    _, in_one = module(x)
+    with torch.no_grad():
+        _, in_one = module(x)
     assert isinstance(wrong, Difference)
     assert wrong.name == "state"
     assert wrong.due == pytest.approx(float(in_one[wrong.index]), rel=CLOSE)
