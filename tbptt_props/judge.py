@@ -17,7 +17,7 @@ from tbptt_props.observation import Fresh, batches_of, observing, run
 from tbptt_props.properties import OF_LINKS, OF_RUNS, PROPERTIES, LinkProperty, RunProperty
 from tbptt_props.rederivation import rederive
 from tbptt_props.strategies import cases
-from tbptt_props.subject import ObservationError, Subject
+from tbptt_props.subject import NeverCalledError, ObservationError, Subject
 from tbptt_props.trace import Chunk, Finding, Link, NotJudged, Trace, Violation
 
 Property = RunProperty | LinkProperty
@@ -124,13 +124,25 @@ def judge(
 
     Training runs in float64; a subject that cannot is judged in the dtype torch starts with.
     """
-    report = _judge(fresh, case, properties, name, torch.float64)
+    try:
+        report = _judge(fresh, case, properties, name, torch.float64)
+    except NeverCalledError as error:
+        layer = error.instead
+        if layer is None:
+            raise
+        fresh = _by_layer(fresh, layer)
+        report = _judge(fresh, case, properties, name, torch.float64)
     halt = report.trace.halt if report.trace else None
     if halt and "dtype" in halt.error:
         again = _judge(fresh, case, properties, name, torch.float32)
         if again.trace and not again.trace.halt:
             return again
     return report
+
+
+def _by_layer(fresh: Fresh, layer: str) -> Fresh:
+    """Watch the calls of a layer instead of the module's own; what they return is no prediction."""
+    return lambda: replace(fresh(), forward=layer, loss=None)
 
 
 def _judge(

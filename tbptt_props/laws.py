@@ -311,6 +311,8 @@ def one_chunk(
     where = "the whole sequence"
     if len(marks.plan) != 1 or len(marks.plan[0]) != 1:
         return Rerun(where, missing="a case of one batch and one chunk")
+    if watch.subject.loss is None:
+        return Rerun(where, missing="a loss")
     chunk = watch.first
     if chunk is None or chunk.given is None or chunk.outcome is None or chunk.span is None:
         return Rerun(where, missing="no chunk of the batch's own was observed")

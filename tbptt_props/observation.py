@@ -15,7 +15,7 @@ import tbptt_props
 from tbptt_props import laws
 from tbptt_props.case import Case
 from tbptt_props.process import Hung, undisturbed
-from tbptt_props.subject import Batches, ObservationError, Subject
+from tbptt_props.subject import Batches, NeverCalledError, ObservationError, Subject
 from tbptt_props.trace import Chunk, Halt, Span, Trace
 from tbptt_props.train import train
 from tbptt_props.watch import Watch
@@ -67,8 +67,8 @@ def run(fresh: Fresh, case: Case, hand_on: Callable[[Chunk], None]) -> Trace:
         watch.finished()
     if watch.problem is not None:
         raise watch.problem
-    if not watch.closed and not halt and not _small(case, plan):
-        _refuse_unseen(subject, watch)
+    if not watch.closed:
+        _refuse_unseen(subject, watch, lenient=halt is not None or _small(case, plan))
     trace = Trace(
         sizes=tuple((x.shape[0], x.shape[1]) for x, _ in batches),
         plan=plan,
@@ -135,19 +135,27 @@ def _small(case: Case, plan: Sequence[Sequence[Span]]) -> bool:
     return case.chunk == 1 or all(len(chunks) == 1 for chunks in plan)
 
 
-def _refuse_unseen(subject: Subject, watch: Watch) -> None:
+def _refuse_unseen(subject: Subject, watch: Watch, *, lenient: bool) -> None:
     """Refuse a run in which there was nothing to describe."""
     kind = type(subject.module).__name__
-    if getattr(subject.module, "automatic_optimization", False):
+    if getattr(subject.module, "automatic_optimization", False) and not lenient:
         raise ObservationError(
             f"{kind} trains by automatic optimization, one update a batch: set "
             "self.automatic_optimization = False and make one update per chunk in training_step"
         )
-    if not watch.calls_ever:
-        raise ObservationError(
+    instead = _only_layer(subject) if subject.forward == "forward" else None
+    if not watch.calls_ever and not (lenient and instead is None):
+        raise NeverCalledError(
             f"{kind}.{subject.forward} was never called while training: name the call that runs a "
-            "chunk with Subject(..., forward='...'), a method or a submodule"
+            "chunk with Subject(..., forward='...'), a method or a submodule",
+            instead,
         )
+
+
+def _only_layer(subject: Subject) -> str | None:
+    """Name the module's one recurrent layer of torch's, if it has just one."""
+    layers = [n for n, m in subject.module.named_modules() if isinstance(m, torch.nn.RNNBase)]
+    return layers[0] if len(layers) == 1 else None
 
 
 def _halt(error: BaseException | None, watch: Watch) -> Halt | None:

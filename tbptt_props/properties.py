@@ -203,7 +203,9 @@ def loss_is_the_chunks_own(link: Link) -> Iterator[Finding]:
     if not outcome.complete:
         yield NotJudged("a backward that comes to its end")
     elif due.loss is None:
-        yield NotJudged(due.missing or "inputs of forward that are the batch's own")
+        yield NotJudged(
+            due.missing or "a loss" if due.partial else "inputs of forward that are the batch's own"
+        )
     elif not near(outcome.loss, due.loss, dtype=_dtype(link)):
         yield Violation(f"{link.chunk}, loss", f"{outcome.loss:.6g}", f"{due.loss:.6g}")
     else:
@@ -221,7 +223,8 @@ def gradients_are_the_chunks_own(link: Link) -> Iterator[Finding]:
         return
     updated = _updated(outcome)
     feeding = link.chunk.given.feeding if link.chunk.given else frozenset()
-    for name in sorted(due.gradients.keys() | outcome.gradients.keys()):
+    names = due.gradients.keys() | (set() if due.partial else outcome.gradients.keys())
+    for name in sorted(names):
         if updated and name not in updated:
             continue  # no optimizer reads it
         if name in feeding and not outcome.leaks:
@@ -493,7 +496,8 @@ def _row_in_common(leaf: Tensor, old: Sequence[Tensor], fresh: Sequence[Tensor])
     """Return a row of `leaf` that a state from before has, but no fresh state; None if none."""
     if leaf.dim() == 0 or not leaf.is_floating_point() or not leaf.numel():
         return None
-    for row in leaf.reshape(-1, leaf.shape[-1]):
+    rows: tuple[Tensor, ...] = leaf.reshape(-1, leaf.shape[-1]).unbind(0)
+    for row in rows:
         if bool(row.any()) and _has_row(old, row) and not _has_row(fresh, row):
             return row
     return None

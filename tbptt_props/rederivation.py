@@ -94,11 +94,13 @@ def _rederived(
         state_matters=_state_matters(subject, given, again) if within_batch else None,
         draws=again.draws,
         in_two=None if within_batch else _in_two(subject, chunk, given, again),
+        partial=subject.loss is None,
     )
     parameters, rule_missing = _updated(outcome)
     expected = replace(expected, parameters=parameters, rule_missing=rule_missing)
     if not slope or again.loss is None:
-        return replace(expected, slope_unclear="it is looked at in the run's other chunks")
+        unclear = "a loss" if again.loss is None else "slopes are looked at in other chunks"
+        return replace(expected, slope_unclear=unclear)
     by_values, by_autograd, unclear = _slopes(subject, given, again)
     return replace(expected, slope=by_values, autograd_slope=by_autograd, slope_unclear=unclear)
 
@@ -271,6 +273,7 @@ def _as_trained(
     subject: Subject, target: Tensor, predictions: Sequence[Tensor], form: Form
 ) -> Tensor:
     """Compute the loss over the chunk, put together in this form."""
+    assert subject.loss is not None  # without one, there is no target
     if len(predictions) == 1:
         return subject.loss(predictions[0], target)
     if all(p.dim() == 2 for p in predictions):
@@ -282,7 +285,8 @@ def _as_trained(
         whole = torch.cat(list(predictions), dim=1)
     if form == "whole":
         return subject.loss(whole, target)
-    losses = torch.stack([subject.loss(p, y) for p, y in zip(predictions, pieces, strict=True)])
+    loss = subject.loss
+    losses = torch.stack([loss(p, y) for p, y in zip(predictions, pieces, strict=True)])
     return losses.mean() if form == "mean" else losses.sum()
 
 

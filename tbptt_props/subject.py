@@ -20,6 +20,14 @@ class ObservationError(RuntimeError):
     """The kit cannot describe this subject; the message says what it needs."""
 
 
+class NeverCalledError(ObservationError):
+    """The call that should run a chunk is never made; `instead` names one that may be."""
+
+    def __init__(self, message: str, instead: str | None) -> None:
+        super().__init__(message)
+        self.instead = instead
+
+
 @dataclass(frozen=True)
 class Subject:
     """A module and how it is trained.
@@ -27,9 +35,11 @@ class Subject:
     Args:
         module: a LightningModule with manual optimization, as its author wrote it.
         loss: `loss(prediction, target)`, a scalar: the chunk's loss as the module trains on it.
+            Without it, the loss and what follows from it are not judged.
         forward: the call that runs a chunk, `(x, state) -> (prediction, state)`, by the name of a
-            method or a submodule. Inputs (B, K, I), predictions (B, K, O), or any other layout
-            that leaves the features last.
+            method or a submodule. A module whose own forward its loop never calls, and that has
+            one recurrent layer of torch's, is judged by that layer's calls, without a loss.
+            Inputs (B, K, I), predictions (B, K, O), or any other layout with the features last.
         contract: what the loop promises.
         batches: makes the batches of a case, a list of (inputs, targets) with sequences first and
             time second; by default `case.tensors()`.
@@ -42,7 +52,7 @@ class Subject:
     """
 
     module: nn.Module
-    loss: Callable[[Tensor, Tensor], Tensor] = field(kw_only=True)
+    loss: Callable[[Tensor, Tensor], Tensor] | None = field(default=None, kw_only=True)
     forward: str = field(default="forward", kw_only=True)
     contract: Contract = field(default_factory=Contract, kw_only=True)
     batches: Callable[[Case], Batches] | None = field(default=None, kw_only=True)
@@ -53,7 +63,7 @@ class Subject:
         """Refuse what cannot be observed at all."""
         if not isinstance(self.module, nn.Module):
             raise TypeError(f"module must be a torch module, got module={_short(self.module)}")
-        if not callable(self.loss):
+        if self.loss is not None and not callable(self.loss):
             raise TypeError(f"loss must be callable, got loss={_short(self.loss)}")
         if not isinstance(self.contract, Contract):
             raise TypeError(f"contract must be a Contract, got contract={_short(self.contract)}")
@@ -88,7 +98,7 @@ class Subject:
             ) from error
         return replace(self, module=module, loss=self._loss_of(module))
 
-    def _loss_of(self, module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    def _loss_of(self, module: nn.Module) -> Callable[[Tensor, Tensor], Tensor] | None:
         """Return the loss, bound to the copy where it was a method of the original."""
         if inspect.ismethod(self.loss) and self.loss.__self__ is self.module:
             return self.loss.__func__.__get__(module)  # type: ignore[no-any-return]

@@ -180,6 +180,7 @@ class Expected:
     rule_missing: str = ""  # why the update could not be repeated
     state_matters: bool | None = None  # the incoming state has an effect; None: there is none
     draws: bool = False  # forward draws random numbers
+    partial: bool = False  # no loss is known: gradients only of what the forward calls use
     in_two: tuple[Difference, ...] | None = None  # run in two parts, what comes out otherwise
 
 

@@ -806,7 +806,7 @@ class Watch:
         if places is None or not 0 <= live.batch < len(self.pristine):
             return None
         y = self.pristine[live.batch][1]
-        if bool((places < 0).any()):
+        if self.subject.loss is None or bool((places < 0).any()):
             return None
         return y[places[..., 0], places[..., 1]]
 
@@ -817,7 +817,7 @@ class Watch:
         call = live.calls[0]
         y = self.pristine[live.batch][1]
         prediction = call.call.prediction
-        if prediction is None:
+        if prediction is None or self.subject.loss is None:
             return None
         return targets_of(self.subject.loss, prediction, call.cotangent, live.loss, y, places)
 

@@ -1,0 +1,389 @@
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+import tbptt_props as tb
+from tbptt_props import properties as props
+from tbptt_ref.faults_state import DetachesEveryTimeStep, DetachesOnlyH, KeepsStateAcrossEqualBatches
+from tbptt_ref.faults_time import CutsIntoKChunks
+from tbptt_ref.faults_update import CallsBackwardItself, NeverClears
+from tbptt_ref.module import State, TruncatedRNN
+
+SEVERAL = tb.Case(batch=2, steps=5, chunk=2, inputs=2, hidden=3, batches=2)
+ONE_CHUNK = tb.Case(batch=2, steps=2, chunk=2)
+Build = Callable[[tb.Case], tb.Subject]
+
+
+def made(kind: type[TruncatedRNN], core: type[nn.RNNBase] = nn.RNN) -> Build:
+    """Return a factory of subjects; its modules draw their parameters from the global generator."""
+
+    def build(case: tb.Case) -> tb.Subject:
+        parts = core(case.inputs, case.hidden, batch_first=True), nn.Linear(case.hidden, case.outputs)
+        return tb.Subject(kind(*parts, chunk=case.chunk), loss=mse_loss)
+
+    return build
+
+
+right = made(TruncatedRNN)
+
+
+@pytest.fixture(autouse=True)
+def _own_seed() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+# One case -----------------------------------------------------------------------------------
+
+
+def test_a_check_gives_one_verdict_per_property_and_its_trace() -> None:
+    report = tb.check(right(SEVERAL), SEVERAL)
+
+    assert [verdict.name for verdict in report.verdicts] == [p.__name__ for p in tb.PROPERTIES]
+    assert [v.claim for v in report.verdicts] == [
+        (p.__doc__ or "").splitlines()[0] for p in tb.PROPERTIES
+    ]
+    assert (report.subject, report.examples) == ("TruncatedRNN", 1)
+    assert report.trace is not None
+    assert report.trace.sizes == ((2, 5), (2, 5))
+
+
+def test_a_loop_that_is_right_breaks_nothing_and_what_it_lacks_is_told() -> None:
+    report = tb.check(right(SEVERAL), SEVERAL)
+
+    assert report.broken == ()
+    assert {verdict.name: verdict.missing for verdict in report.not_judged} == {
+        "one_chunk_is_one_ordinary_update": "a case of one batch and one chunk",
+        "each_chunk_draws_its_own_randomness": (
+            "a forward that draws random numbers, and two chunks"
+        ),
+    }
+    assert {(v.judged, v.case, v.missing) for v in report.holds} == {(1, None, "")}
+
+
+def test_a_broken_property_comes_with_its_violations_and_the_case() -> None:
+    report = tb.check(made(CutsIntoKChunks)(SEVERAL), SEVERAL)
+
+    verdict = report["chunks_tile_the_sequence"]
+    assert (verdict.status, verdict.case, verdict.judged) == ("broken", SEVERAL, 1)
+    assert [str(violation) for violation in verdict.violations] == [
+        "chunks: 0-2 3-4, but should be 0-1 2-3 4-4",
+        "batch 1, chunks: 0-2 3-4, but should be 0-1 2-3 4-4",
+    ]
+
+
+def test_two_checks_of_one_subject_say_the_same() -> None:
+    subject = made(NeverClears)(SEVERAL)
+
+    one, other = (tb.check(subject, SEVERAL) for _ in range(2))
+
+    assert one.verdicts == other.verdicts
+    assert one.broken
+
+
+def test_a_check_leaves_the_subject_as_it_was() -> None:
+    subject = right(SEVERAL)
+    module = subject.module
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    attributes = dict(vars(module))
+
+    tb.check(subject, SEVERAL)
+
+    assert vars(module) == attributes
+    assert {value.dtype for value in module.state_dict().values()} == {torch.float32}
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_only_the_properties_asked_for_are_judged() -> None:
+    asked = [props.each_chunk_updates_once, props.chunks_tile_the_sequence]
+
+    report = tb.check(made(CutsIntoKChunks)(SEVERAL), SEVERAL, properties=asked)
+
+    assert [(v.name, v.status) for v in report.verdicts] == [
+        ("each_chunk_updates_once", "holds"),
+        ("chunks_tile_the_sequence", "broken"),
+    ]
+
+
+def test_a_search_judges_only_the_properties_asked_for() -> None:
+    asked = [props.chunks_tile_the_sequence]
+
+    report = tb.verify(right, max_examples=3, seed=0, properties=asked)
+
+    assert [(v.name, v.status) for v in report.verdicts] == [("chunks_tile_the_sequence", "holds")]
+
+
+# Reports ------------------------------------------------------------------------------------
+
+HOLDS = tb.Verdict("it_holds", "It holds.", judged=3)
+BROKEN = tb.Verdict(
+    "it_is_broken",
+    "It is not broken.",
+    violations=(tb.Violation("time steps 2-3, loss", "2", "1"),),
+    case=ONE_CHUNK,
+    judged=1,
+)
+NOT_JUDGED = tb.Verdict("it_was_not_judged", "It was judged.", missing="two chunks")
+
+
+def test_a_report_sorts_its_verdicts_by_their_status() -> None:
+    report = tb.Report("mine", (HOLDS, BROKEN, NOT_JUDGED))
+
+    assert (report.holds, report.broken, report.not_judged) == ((HOLDS,), (BROKEN,), (NOT_JUDGED,))
+    assert [v.status for v in report.verdicts] == ["holds", "broken", "not judged"]
+
+
+def test_a_verdict_is_found_by_the_name_of_its_property() -> None:
+    report = tb.Report("mine", (HOLDS, BROKEN))
+
+    assert report["it_is_broken"] is BROKEN
+    with pytest.raises(KeyError) as refusal:
+        report["it_bends"]
+    assert refusal.value.args == ("no property 'it_bends': it_holds, it_is_broken",)
+
+
+def test_a_report_is_neither_true_nor_false() -> None:
+    with pytest.raises(TypeError) as refusal:
+        bool(tb.Report("mine", (HOLDS,)))
+
+    due = "a report is neither true nor false: look at .broken, .holds and .not_judged"
+    assert str(refusal.value) == due
+
+
+def test_a_broken_property_can_be_raised() -> None:
+    with pytest.raises(tb.BrokenProperty) as failure:
+        tb.Report("mine", (HOLDS, BROKEN, NOT_JUDGED)).raise_if_broken()
+
+    assert str(failure.value) == (
+        f"it_is_broken{'broken for mine':>88}\n"
+        "  It is not broken.\n"
+        "\n"
+        "  time steps 2-3, loss: 2, but should be 1\n"
+        "\n"
+        "  smallest case     "
+        "Case(batch=2, steps=2, chunk=2, inputs=1, hidden=1, outputs=1, batches=1, seed=0)"
+    )
+
+
+def test_nothing_is_raised_where_something_holds_and_nothing_is_broken() -> None:
+    tb.Report("mine", (HOLDS, NOT_JUDGED)).raise_if_broken()
+
+
+def test_a_report_that_judged_nothing_is_raised_as_what_it_is() -> None:
+    other = replace(NOT_JUDGED, missing="an update")
+
+    with pytest.raises(tb.ObservationError) as refusal:
+        tb.Report("mine", (NOT_JUDGED, other, NOT_JUDGED)).raise_if_broken()
+
+    assert str(refusal.value) == "nothing could be judged: an update; two chunks"
+
+
+# The search ---------------------------------------------------------------------------------
+
+SMALLEST: dict[str, tuple[Build, dict[str, tb.Case]]] = {
+    "cuts at every time step": (
+        made(DetachesEveryTimeStep),
+        {"gradients_span_the_whole_chunk": tb.Case(steps=3, chunk=2)},
+    ),
+    "detaches one of two": (
+        made(DetachesOnlyH, nn.LSTM),
+        {"training_reaches_the_end": tb.Case(), "graph_crosses_no_boundary": tb.Case()},
+    ),
+    "keeps its state": (
+        made(KeepsStateAcrossEqualBatches, nn.LSTM),
+        {
+            "state_starts_afresh_with_each_batch": tb.Case(batches=2),
+            "a_batch_knows_nothing_of_the_one_before": tb.Case(batches=2),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", SMALLEST)
+def test_a_search_finds_what_is_broken_and_the_smallest_case_of_each(mistake: str) -> None:
+    build, due = SMALLEST[mistake]
+
+    report = tb.verify(build, max_examples=10, seed=0)
+
+    assert {verdict.name: verdict.case for verdict in report.broken} == due
+
+
+def test_each_property_has_a_smallest_case_of_its_own() -> None:
+    due = {props.gradients_are_the_chunks_own: 1, props.a_batch_knows_nothing_of_the_one_before: 2}
+
+    report = tb.verify(made(NeverClears), max_examples=10, seed=0, properties=list(due))
+
+    assert [verdict.case for verdict in report.verdicts] == [
+        tb.Case(batches=batches) for batches in due.values()
+    ]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_mistake_that_every_case_shows_shrinks_to_a_case_of_ones(seed: int) -> None:
+    report = tb.verify(
+        made(CallsBackwardItself),
+        max_examples=10,
+        seed=seed,
+        properties=[props.backward_goes_through_manual_backward],
+    )
+
+    (broken,) = report.broken
+    assert broken.case is not None
+    assert replace(broken.case, steps=1, chunk=1) == tb.Case(steps=1)
+
+
+def test_the_smallest_case_breaks_its_property_again_when_it_is_checked() -> None:
+    report = tb.verify(made(DetachesOnlyH, nn.LSTM), max_examples=4, seed=0)
+
+    assert report.broken
+    for verdict in report.broken:
+        assert verdict.case is not None
+        again = tb.check(made(DetachesOnlyH, nn.LSTM)(verdict.case), verdict.case)
+        assert again[verdict.name].violations == verdict.violations
+
+
+def test_a_seed_repeats_a_search_word_for_word() -> None:
+    one, other = (
+        tb.verify(made(DetachesOnlyH, nn.LSTM), max_examples=5, seed=3) for _ in range(2)
+    )
+
+    assert one == other
+    assert one.as_text() == other.as_text()
+    assert one.broken
+
+
+def test_each_case_is_told_with_its_number_and_report_as_the_search_goes_on() -> None:
+    told: list[tuple[int, tb.Report]] = []
+    cases: list[tb.Case] = []
+
+    def build(case: tb.Case) -> tb.Subject:
+        cases.append(case)
+        return right(case)
+
+    report = tb.verify(
+        build, max_examples=4, seed=0, on_case=lambda number, seen: told.append((number, seen))
+    )
+
+    assert [number for number, _ in told] == [1, 2, 3, 4]
+    assert report.examples == 4
+    assert len(set(cases)) == 4
+    for verdict in report.verdicts:
+        assert verdict.judged == sum(seen[verdict.name].judged for _, seen in told)
+
+
+def test_seeds_differ_in_the_cases_they_draw() -> None:
+    drawn: list[set[tb.Case]] = []
+
+    for seed in (0, 1):
+        cases: set[tb.Case] = set()
+
+        def build(case: tb.Case, cases: set[tb.Case] = cases) -> tb.Subject:
+            cases.add(case)
+            return right(case)
+
+        tb.verify(build, max_examples=4, seed=seed)
+        drawn.append(cases)
+
+    assert drawn[0] != drawn[1]
+
+
+def test_sizes_may_be_given_by_name() -> None:
+    sizes = {name: size for name, size in vars(SEVERAL).items() if name != "seed"}
+    cases: set[tb.Case] = set()
+
+    def build(case: tb.Case) -> tb.Subject:
+        cases.add(replace(case, seed=0))
+        return right(case)
+
+    report = tb.verify(build, max_examples=3, seed=0, **sizes)
+
+    assert cases == {SEVERAL}
+    assert len(report.holds) == len(tb.PROPERTIES) - 2
+
+
+def test_what_is_judged_on_some_case_is_judged() -> None:
+    told: list[tb.Report] = []
+
+    report = tb.verify(
+        right, max_examples=20, seed=0, on_case=lambda number, seen: told.append(seen)
+    )
+
+    statuses = {seen["one_chunk_is_one_ordinary_update"].status for seen in told}
+    assert statuses == {"holds", "not judged"}
+    assert report["one_chunk_is_one_ordinary_update"].status == "holds"
+    assert report["one_chunk_is_one_ordinary_update"].missing == ""
+
+
+@dataclass
+class Recipe:
+    """A factory that can't be hashed, as instances of a dataclass can't."""
+
+    kind: type[TruncatedRNN]
+
+    def __call__(self, case: tb.Case) -> tb.Subject:
+        return made(self.kind)(case)
+
+
+def test_a_factory_need_not_be_a_function() -> None:
+    report = tb.verify(Recipe(TruncatedRNN), max_examples=2, seed=0)
+
+    assert report.broken == ()
+    assert report.subject == f"{__name__}:Recipe"
+
+
+# Numbers ------------------------------------------------------------------------------------
+
+
+class FirstStateInSingle(TruncatedRNN):
+    """Starts from zeros in float32, whatever its inputs are."""
+
+    def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
+        if state is None:
+            state = torch.zeros(1, x.shape[0], self.readout.in_features, dtype=torch.float32)
+        return super().forward(x, state)
+
+
+class TurnsInSingle(TruncatedRNN):
+    """Multiplies its inputs by a matrix in float32, whatever they are."""
+
+    def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
+        return super().forward(x @ torch.eye(x.shape[-1], dtype=torch.float32), state)
+
+
+@pytest.mark.parametrize("kind", [FirstStateInSingle, TurnsInSingle])
+def test_a_module_that_is_bound_to_float32_is_judged_in_it(kind: type[TruncatedRNN]) -> None:
+    report = tb.check(made(kind)(SEVERAL), SEVERAL)
+
+    assert report.broken == ()
+    assert report["gradients_span_the_whole_chunk"].missing == (
+        "values in less than float64 are too coarse to difference"
+    )
+    assert len(report.not_judged) == 3
+    assert torch.get_default_dtype() is torch.float32
+
+
+def test_mistakes_are_found_in_float32_too() -> None:
+    class Single(FirstStateInSingle, CutsIntoKChunks):
+        pass
+
+    report = tb.check(made(Single)(SEVERAL), SEVERAL)
+
+    assert report["training_reaches_the_end"].status == "holds"
+    assert report["chunks_tile_the_sequence"].status == "broken"
+
+
+def test_a_module_is_trained_in_float64_by_default() -> None:
+    dtypes: set[torch.dtype] = set()
+
+    def loss(prediction: Tensor, target: Tensor) -> Tensor:
+        dtypes.update((prediction.dtype, target.dtype))
+        return mse_loss(prediction, target)
+
+    tb.check(replace(right(ONE_CHUNK), loss=loss), ONE_CHUNK)
+
+    assert dtypes == {torch.float64}
