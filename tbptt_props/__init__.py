@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tbptt_props.case import Case as Case
     from tbptt_props.contract import Contract as Contract
-    from tbptt_props.judge import BrokenProperty as BrokenProperty
-    from tbptt_props.judge import Report as Report
-    from tbptt_props.judge import Verdict as Verdict
     from tbptt_props.judge import check as check
     from tbptt_props.judge import verify as verify
     from tbptt_props.observation import observe as observe
     from tbptt_props.properties import PROPERTIES as PROPERTIES
     from tbptt_props.rederivation import rederive as rederive
+    from tbptt_props.report import BrokenProperty as BrokenProperty
+    from tbptt_props.report import Report as Report
+    from tbptt_props.report import Verdict as Verdict
     from tbptt_props.strategies import batches as batches
     from tbptt_props.strategies import cases as cases
     from tbptt_props.strategies import chunk_lengths as chunk_lengths
@@ -34,16 +34,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "BrokenProperty": "judge",
+    "BrokenProperty": "report",
     "Case": "case",
     "Contract": "contract",
     "Expected": "trace",
     "ObservationError": "subject",
     "PROPERTIES": "properties",
-    "Report": "judge",
+    "Report": "report",
     "Subject": "subject",
     "Trace": "trace",
-    "Verdict": "judge",
+    "Verdict": "report",
     "Violation": "trace",
     "batches": "strategies",
     "cases": "strategies",

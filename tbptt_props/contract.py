@@ -33,8 +33,8 @@ class Contract:
 
     def __post_init__(self) -> None:
         """Refuse promises nobody can keep."""
-        if self.chunk is not None and self.chunk < 1:
-            raise ValueError(f"chunk must be at least 1 time step, got chunk={self.chunk}")
+        if self.chunk is not None:
+            _require_steps(self.chunk)
         if self.tail not in ("keep", "drop"):
             raise ValueError(f"tail must be 'keep' or 'drop', got tail={self.tail!r}")
         for name in ("clip_norm", "clip_value"):
@@ -53,3 +53,8 @@ class Contract:
         spans = tuple((t, min(t + chunk, steps)) for t in range(0, steps, chunk))
         whole = tuple((start, stop) for start, stop in spans if stop - start == chunk)
         return spans if self.tail == "keep" else whole
+
+
+def _require_steps(chunk: object) -> None:
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+        raise ValueError(f"chunk must be at least 1 time step, got chunk={chunk!r}")

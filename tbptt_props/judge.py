@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -16,96 +16,12 @@ from tbptt_props.case import Case
 from tbptt_props.observation import Fresh, batches_of, observing, run
 from tbptt_props.properties import OF_LINKS, OF_RUNS, PROPERTIES, LinkProperty, RunProperty
 from tbptt_props.rederivation import rederive
+from tbptt_props.report import Report, Verdict
 from tbptt_props.strategies import cases
 from tbptt_props.subject import NeverCalledError, ObservationError, Subject
-from tbptt_props.trace import Chunk, Finding, Link, NotJudged, Trace, Violation
+from tbptt_props.trace import Chunk, Finding, Link, NotJudged, Violation
 
 Property = RunProperty | LinkProperty
-
-
-class BrokenProperty(AssertionError):
-    """The subject breaks a property; the message says where, and what was due."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What was found of one property: it holds, is broken, or could not be judged."""
-
-    name: str
-    claim: str
-    violations: tuple[Violation, ...] = ()
-    case: Case | None = None  # the smallest one that breaks it
-    missing: str = ""  # why it was not judged
-    judged: int = 0  # cases on which it was
-
-    @property
-    def status(self) -> str:
-        """One of `broken`, `holds` and `not judged`."""
-        if self.violations:
-            return "broken"
-        return "holds" if self.judged else "not judged"
-
-
-@dataclass(frozen=True)
-class Report:
-    """One verdict per property."""
-
-    subject: str
-    verdicts: tuple[Verdict, ...]
-    examples: int = 1
-    trace: Trace | None = field(default=None, repr=False)
-
-    @property
-    def holds(self) -> tuple[Verdict, ...]:
-        """The properties that were judged and hold."""
-        return self._of("holds")
-
-    @property
-    def broken(self) -> tuple[Verdict, ...]:
-        """The properties that are broken, each with its violations and its smallest case."""
-        return self._of("broken")
-
-    @property
-    def not_judged(self) -> tuple[Verdict, ...]:
-        """The properties of which nothing can be said, each with what is missing."""
-        return self._of("not judged")
-
-    def _of(self, status: str) -> tuple[Verdict, ...]:
-        return tuple(verdict for verdict in self.verdicts if verdict.status == status)
-
-    def __bool__(self) -> bool:
-        """Refuse to be one of two things: there are three verdicts."""
-        raise TypeError(
-            "a report is neither true nor false: look at .broken, .holds and .not_judged"
-        )
-
-    def __getitem__(self, name: str) -> Verdict:
-        """Return the verdict on the property of that name."""
-        for verdict in self.verdicts:
-            if verdict.name == name:
-                return verdict
-        raise KeyError(f"no property {name!r}: {', '.join(v.name for v in self.verdicts)}")
-
-    def as_text(self) -> str:
-        """Say it to a person: one line per property, then each failure."""
-        from tbptt_props.report import as_text
-
-        return as_text(self)
-
-    def raise_if_broken(self) -> None:
-        """Raise for the first broken property, if there is one.
-
-        Raises:
-            BrokenProperty: a property is broken.
-            ObservationError: nothing could be judged.
-        """
-        from tbptt_props.report import failure_text
-
-        if self.broken:
-            raise BrokenProperty("\n\n".join(failure_text(self, v) for v in self.broken))
-        if not self.holds:
-            reasons = sorted({verdict.missing for verdict in self.not_judged})
-            raise ObservationError(f"nothing could be judged: {'; '.join(reasons)}")
 
 
 def check(subject: Subject, case: Case, *, properties: Sequence[Property] = PROPERTIES) -> Report:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-import tbptt_props
 from tbptt_props import laws
 from tbptt_props.case import Case
 from tbptt_props.process import Hung, undisturbed
@@ -177,7 +176,7 @@ def _first_sentence(text: str) -> str:
 
 def _line(error: BaseException) -> str:
     """Name the user's own line in which the error came up: neither a library's nor ours."""
-    ours = Path(tbptt_props.__file__).parent
+    ours = Path(__file__).parent
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)

@@ -1,13 +1,97 @@
-"""Reports as text, for a person in the minute when something is wrong."""
+"""Verdicts, and what they say to a person in the minute when something is wrong."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
-from tbptt_props.judge import Report, Verdict
+from tbptt_props.case import Case
+from tbptt_props.subject import ObservationError
+from tbptt_props.trace import Trace, Violation
 
 MOST_VIOLATIONS = 4  # the first says it; the rest are the same in other words
 WIDTH = 100
+
+
+class BrokenProperty(AssertionError):
+    """The subject breaks a property; the message says where, and what was due."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found of one property: it holds, is broken, or could not be judged."""
+
+    name: str
+    claim: str
+    violations: tuple[Violation, ...] = ()
+    case: Case | None = None  # the smallest one that breaks it
+    missing: str = ""  # why it was not judged
+    judged: int = 0  # cases on which it was
+
+    @property
+    def status(self) -> str:
+        """One of `broken`, `holds` and `not judged`."""
+        if self.violations:
+            return "broken"
+        return "holds" if self.judged else "not judged"
+
+
+@dataclass(frozen=True)
+class Report:
+    """One verdict per property."""
+
+    subject: str
+    verdicts: tuple[Verdict, ...]
+    examples: int = 1
+    trace: Trace | None = field(default=None, repr=False)
+
+    @property
+    def holds(self) -> tuple[Verdict, ...]:
+        """The properties that were judged and hold."""
+        return self._of("holds")
+
+    @property
+    def broken(self) -> tuple[Verdict, ...]:
+        """The properties that are broken, each with its violations and its smallest case."""
+        return self._of("broken")
+
+    @property
+    def not_judged(self) -> tuple[Verdict, ...]:
+        """The properties of which nothing can be said, each with what is missing."""
+        return self._of("not judged")
+
+    def _of(self, status: str) -> tuple[Verdict, ...]:
+        return tuple(verdict for verdict in self.verdicts if verdict.status == status)
+
+    def __bool__(self) -> bool:
+        """Refuse to be one of two things: there are three verdicts."""
+        raise TypeError(
+            "a report is neither true nor false: look at .broken, .holds and .not_judged"
+        )
+
+    def __getitem__(self, name: str) -> Verdict:
+        """Return the verdict on the property of that name."""
+        for verdict in self.verdicts:
+            if verdict.name == name:
+                return verdict
+        raise KeyError(f"no property {name!r}: {', '.join(v.name for v in self.verdicts)}")
+
+    def as_text(self) -> str:
+        """Say it to a person: one line per property, then each failure."""
+        return as_text(self)
+
+    def raise_if_broken(self) -> None:
+        """Raise for the first broken property, if there is one.
+
+        Raises:
+            BrokenProperty: a property is broken.
+            ObservationError: nothing could be judged.
+        """
+        if self.broken:
+            raise BrokenProperty("\n\n".join(failure_text(self, v) for v in self.broken))
+        if not self.holds:
+            reasons = sorted({verdict.missing for verdict in self.not_judged})
+            raise ObservationError(f"nothing could be judged: {'; '.join(reasons)}")
 
 
 def as_text(report: Report) -> str:

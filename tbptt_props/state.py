@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 def leaves(tree: Any, path: str = "state") -> dict[str, Tensor]:
     """Return the tensors in `tree` by path, `state[0]`, `state.cell` or `state['c']`, in order."""
     found: dict[str, Tensor] = {}
-    _collect(tree, path, found, set())
+    _collect(tree, path, found, frozenset())
     return found
 
 
@@ -30,14 +31,16 @@ def map_tensors(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
         return _rebuilt_mapping(change, tree)
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):  # a named tuple
         return type(tree)(*(map_tensors(change, item) for item in tree))
+    if isinstance(tree, deque):
+        return deque((map_tensors(change, item) for item in tree), tree.maxlen)
     if isinstance(tree, (list, tuple, set)):
         return type(tree)(map_tensors(change, item) for item in tree)
     if not leaves(tree):
         return tree
     rebuilt = copy.copy(tree)
     for name, item in _attributes(tree):
-        # A frozen dataclass refuses plain assignment.
-        object.__setattr__(rebuilt, name, map_tensors(change, item))
+        changed = rebuilt if item is tree else map_tensors(change, item)
+        object.__setattr__(rebuilt, name, changed)  # a frozen dataclass refuses assignment
     return rebuilt
 
 
@@ -59,33 +62,33 @@ def same_layout(tensor: Tensor) -> Tensor:
 
 
 def _rebuilt_mapping(change: Callable[[Tensor], Tensor], tree: Mapping[Any, Any]) -> Any:
-    rebuilt = copy.copy(tree)
-    if isinstance(rebuilt, dict):
+    if isinstance(tree, dict):
+        rebuilt = copy.copy(tree)  # whatever kind of dictionary it is
         for key, item in tree.items():
             rebuilt[key] = map_tensors(change, item)
         return rebuilt
     return {key: map_tensors(change, item) for key, item in tree.items()}
 
 
-def _collect(tree: Any, path: str, found: dict[str, Tensor], seen: set[int]) -> None:
+def _collect(tree: Any, path: str, found: dict[str, Tensor], above: frozenset[int]) -> None:
     if isinstance(tree, Tensor):
         found[path] = tree
         return
     if tree is None or isinstance(tree, (bool, int, float, str)):
         return
-    if id(tree) in seen or isinstance(tree, (type, torch.nn.Module)):
-        return
-    seen.add(id(tree))
+    if id(tree) in above or isinstance(tree, (type, torch.nn.Module)):
+        return  # inside itself, or nobody's state
+    above = above | {id(tree)}
     if isinstance(tree, Mapping):
         children = [(f"{path}[{key!r}]", item) for key, item in tree.items()]
     elif isinstance(tree, tuple) and hasattr(tree, "_fields"):
         children = [(f"{path}.{name}", getattr(tree, name)) for name in tree._fields]
-    elif isinstance(tree, (list, tuple)):
+    elif isinstance(tree, (list, tuple, deque)):
         children = [(f"{path}[{i}]", item) for i, item in enumerate(tree)]
     else:
         children = [(f"{path}.{name}", item) for name, item in _attributes(tree)]
     for where, item in children:
-        _collect(item, where, found, seen)
+        _collect(item, where, found, above)
 
 
 def _attributes(tree: Any) -> list[tuple[str, Any]]:

@@ -67,7 +67,13 @@ class Subject:
             raise TypeError(f"loss must be callable, got loss={_short(self.loss)}")
         if not isinstance(self.contract, Contract):
             raise TypeError(f"contract must be a Contract, got contract={_short(self.contract)}")
-        if self.patience <= 0:
+        for name in ("batches", "train"):
+            given = getattr(self, name)
+            if given is not None and not callable(given):
+                raise TypeError(f"{name} must be callable, got {name}={_short(given)}")
+        if not isinstance(self.forward, str):
+            raise TypeError(f"forward must be a name, got forward={_short(self.forward)}")
+        if not self.patience > 0:
             raise ValueError(f"patience must be positive, got patience={self.patience}")
         if not callable(resolve(self.module, self.forward)):
             raise ValueError(

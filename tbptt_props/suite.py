@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
 from tbptt_props.case import Case
-from tbptt_props.judge import Bench, BrokenProperty, Property
+from tbptt_props.judge import Bench, Property
 from tbptt_props.properties import PROPERTIES
-from tbptt_props.report import failure_text
+from tbptt_props.report import BrokenProperty, failure_text
 from tbptt_props.strategies import cases
 from tbptt_props.subject import Subject
 

@@ -4,12 +4,13 @@ Shapes: B sequences, T time steps, K time steps in a chunk, I inputs, H hidden u
 """
 
 from collections.abc import Callable, Iterable
+from copy import copy
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.optim import SGD, Optimizer
@@ -106,5 +107,26 @@ class TruncatedRNN(LightningModule):
 
 
 def detached(state: State) -> State:
-    """Return `state` with every tensor in it cut from the graph, its value unchanged."""
-    return apply_to_collection(state, Tensor, Tensor.detach)
+    """Return `state` with every tensor in it cut from the graph, its value unchanged.
+
+    Raises:
+        TypeError: something in it may hold tensors that can't be seen; it must not stay attached.
+    """
+    if isinstance(state, Tensor):
+        return state.detach()
+    if state is None or isinstance(state, (bool, int, float, str)):
+        return state
+    if isinstance(state, dict):
+        kept = copy(state)  # an ordered one stays ordered
+        kept.update((key, detached(item)) for key, item in state.items())
+        return kept
+    if isinstance(state, tuple) and hasattr(state, "_fields"):  # a named tuple
+        return type(state)(*map(detached, state))
+    if isinstance(state, (list, tuple)):
+        return type(state)(map(detached, state))
+    if is_dataclass(state) and not isinstance(state, type):
+        return replace(state, **{f.name: detached(getattr(state, f.name)) for f in fields(state)})
+    raise TypeError(
+        "state must be made of tensors, tuples, lists, dicts and dataclasses, "
+        f"got a {type(state).__name__}"
+    )
