@@ -142,19 +142,13 @@ def _refuse_unseen(subject: Subject, watch: Watch, *, lenient: bool) -> None:
             f"{kind} trains by automatic optimization, one update a batch: set "
             "self.automatic_optimization = False and make one update per chunk in training_step"
         )
-    instead = _only_layer(subject) if subject.forward == "forward" else None
-    if not watch.calls_ever and not (lenient and instead is None):
+    instead = watch.layer if watch.layer_calls else None
+    if not watch.calls_ever and (instead or not lenient):
         raise NeverCalledError(
             f"{kind}.{subject.forward} was never called while training: name the call that runs a "
             "chunk with Subject(..., forward='...'), a method or a submodule",
             instead,
         )
-
-
-def _only_layer(subject: Subject) -> str | None:
-    """Name the module's one recurrent layer of torch's, if it has just one."""
-    layers = [n for n, m in subject.module.named_modules() if isinstance(m, torch.nn.RNNBase)]
-    return layers[0] if len(layers) == 1 else None
 
 
 def _halt(error: BaseException | None, watch: Watch) -> Halt | None:

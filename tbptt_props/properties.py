@@ -395,6 +395,11 @@ def _accounted(
     """Account for every (sequence, time step): each is due once, in its own chunk."""
     for chunk, (start, stop) in zip(chunks, due, strict=True):
         used = Counter(places(chunk))
+        made_up = used.pop((-1, -1), 0)
+        if made_up:
+            found = f"{made_up} rows that are not the batch's"
+            yield Violation(f"{what} of {chunk}", found, "the batch's own rows alone")
+            continue
         wanted = {(b, t) for b in range(sequences) for t in range(start, stop)}
         wrong = sorted(p for p in wanted | used.keys() if used[p] != (p in wanted))
         if wrong:

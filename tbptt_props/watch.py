@@ -176,6 +176,8 @@ class Watch:
         self.tentative: tuple[list[_LiveCall], list[Tensor | None], list[int], float] | None = None
         self.calls_seen = 0
         self.calls_ever = 0
+        self.layer = _only_layer(self.module) if subject.forward == "forward" else None
+        self.layer_calls = 0
         self.empty_calls = 0
         self.last_state: Any = None
         self.initial_state: Any = None
@@ -243,11 +245,17 @@ class Watch:
         with contextlib.ExitStack() as undo:
             undo.enter_context(self.watchdog)
             undo.enter_context(self._wrapped_forward())
+            if self.layer is not None:
+                layer = self.module.get_submodule(self.layer)
+                undo.callback(layer.register_forward_pre_hook(self._count_layer).remove)
             undo.enter_context(self._wrapped_autograd("backward", self._backward))
             undo.enter_context(self._wrapped_autograd("grad", self._grad))
             undo.callback(register_optimizer_step_pre_hook(self._before_step).remove)
             undo.callback(register_optimizer_step_post_hook(self._after_step).remove)
             yield
+
+    def _count_layer(self, *called: object) -> None:
+        self.layer_calls += 1
 
     def _elsewhere(self) -> bool:
         return self.busy or threading.get_ident() != self.thread
@@ -860,6 +868,12 @@ class Arguments:
         if state_name in values:
             return cls(x, values.pop(str(state_name)), True, ((), values), state_name)
         return cls(x, None, False, ((), values), state_name)
+
+
+def _only_layer(module: nn.Module) -> str | None:
+    """Name the module's one recurrent layer of torch's, if it has just one."""
+    layers = [name for name, m in module.named_modules() if isinstance(m, nn.RNNBase) and name]
+    return layers[0] if len(layers) == 1 else None
 
 
 def _parameter_names(forward: Callable[..., Any]) -> list[str]:

@@ -22,7 +22,7 @@ ONCE = "each_chunk_updates_once"
 GONE = "no_graph_outlives_its_chunk"
 END = "training_reaches_the_end"
 AFRESH = "state_starts_afresh_with_each_batch"
-SUM = "state_sums_up_the_chunk"
+SUMS = "state_sums_up_the_chunk"
 RULE = "the_update_follows_the_optimizers_rule"
 MOVES = "nothing_but_the_update_moves_parameters"
 MANUAL = "backward_goes_through_manual_backward"
@@ -47,7 +47,7 @@ BREAKS = {
     "RunsOnUnderNoGrad": {END},
     "RunsTheCoreOnUnderNoGrad": {SPAN},
     "ForgetsState": {CROSSES},
-    "IgnoresState": {CROSSES, SUM},
+    "IgnoresState": {CROSSES, SUMS},
     "ZeroesState": {CROSSES},
     "CarriesAStaleState": {CROSSES, RESUMED},
     "CarriesTheFirstState": {CROSSES, RESUMED},
@@ -63,11 +63,11 @@ BREAKS = {
     "ReshapesState": {CROSSES},
     "SwapsHAndC": {CROSSES},
     "CarriesOnlyH": {CROSSES},
-    "CarriesTheStateBeforeLast": {SUM},
-    "DropsTheTail": {RESUMED, TILE},
+    "CarriesTheStateBeforeLast": {SUMS},
+    "DropsTheTail": {TILE},
     "DropsTheLastChunk": {RESUMED, TILE},
-    "MergesTheTail": {RESUMED, TILE},
-    "PadsTheTail": {ORDINARY, RESUMED, TILE},
+    "MergesTheTail": {TILE},
+    "PadsTheTail": {ORDINARY, TILE},
     "CutsFromTheEnd": {RESUMED, TILE},
     "CutsIntoKChunks": {END, RESUMED, TILE},
     "CutsAfterOneTooMany": {RESUMED, TILE},
@@ -129,7 +129,7 @@ BREAKS = {
     "LeavesEvalOn": {ALONE, MODE, RESUMED},
     "ForgetsManualOptimization": {END},
     "LeavesTheUpdateToLightning": {GRADIENTS, MANUAL, ONCE, ORDER, TILE},
-    "RefusesShortSequences": {END, RESUMED},
+    "RefusesShortSequences": {END},
 }
 
 # Between them, these cases have all that a fault may need to show (`Fault.needs`).
