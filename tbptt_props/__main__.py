@@ -70,7 +70,9 @@ def _check(options: argparse.Namespace) -> int:
         )
     except (ObservationError, ValueError, TypeError) as error:
         progress.clear()
-        raise Misused(f"{options.subject}: {error}") from error
+        text = str(error)
+        named = text.startswith(options.subject)
+        raise Misused(text if named else f"{options.subject}: {text}") from error
     progress.clear()
     print(report.as_text())
     if not report.holds and not report.broken:
@@ -87,8 +89,9 @@ def _load(path: str) -> Callable[..., Any]:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise Misused(f"{module_name} can't be imported ({error})") from error
+    except Exception as error:  # whatever a stranger's module raises, its loop is not to blame
+        kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+        raise Misused(f"{module_name} can't be imported ({kind}{error})") from error
     build = getattr(module, name, None)
     if not callable(build):
         functions = sorted(n for n, f in vars(module).items() if callable(f) and n[0] != "_")

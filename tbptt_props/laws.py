@@ -321,13 +321,16 @@ def one_chunk(
         return Rerun(where, missing="the optimizers are not known")
     if any(is_clipped(chunk.outcome.gradients, rule.handed) for rule in chunk.outcome.rules):
         return Rerun(where, missing="gradients are clipped, and the contract does not say how")
-    due = rederive(fresh(), _of_whole(batches[0], chunk))
+    due = rederive(fresh(), _of_whole(batches[0], chunk), slope=False)
     if due.missing:
         return Rerun(where, missing=due.missing)
     try:
-        return Rerun(where, first, _ordinary(chunk, due.gradients, due.state, rules))
+        second = _ordinary(chunk, due.gradients, due.state, rules)
     except Exception as error:  # whatever a stranger's optimizer raises out of its place
         return Rerun(where, missing=f"one update could not be made ({error})")
+    # Of an optimizer that is not known from outside, no memory is known at the end either.
+    known = second if watch.training.optimizers else replace(second, memory={})
+    return Rerun(where, first, known)
 
 
 def _of_whole(batch: tuple[Tensor, Tensor], chunk: Chunk) -> Chunk:

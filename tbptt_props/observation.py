@@ -146,7 +146,12 @@ def _refuse_unseen(subject: Subject, watch: Watch, *, lenient: bool) -> None:
     if not watch.calls_ever and (instead or not lenient):
         raise NeverCalledError(
             f"{kind}.{subject.forward} was never called while training: name the call that runs a "
-            "chunk with Subject(..., forward='...'), a method or a submodule",
+            "chunk with Subject(..., forward='...'), a method or a submodule"
+            + (
+                ", and let train take its batches one by one as it comes to them"
+                if subject.train
+                else ""
+            ),
             instead,
         )
 

@@ -134,7 +134,10 @@ def _with_function(
     watch.training_begun(Training())
     module.train()
     try:
-        function(module, _Told(batches, watch, skip))
+        told = _Told(batches, watch, skip)
+        function(module, told)
+        if told.turned_to is not None:
+            watch.batch_ended(told.turned_to)
     except (Exception, SystemExit) as error:
         return error
     return None
@@ -147,12 +150,20 @@ class _Told(Sequence[Any]):
         self.batches = batches[skip:]
         self.watch = watch
         self.skip = skip
+        self.turned_to: int | None = None  # by index: nothing tells when the loop is done with it
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, index: Any) -> Any:
-        return self.batches[index]
+        batch = self.batches[index]
+        if isinstance(index, int):
+            at = self.skip + index % len(self.batches)
+            if self.turned_to is not None:
+                self.watch.batch_ended(self.turned_to)
+            self.turned_to = at
+            self.watch.batch_started(at, batch)
+        return batch
 
     def __iter__(self) -> Iterator[Any]:
         for index, batch in enumerate(self.batches, start=self.skip):

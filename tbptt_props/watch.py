@@ -107,6 +107,7 @@ class _LiveCall:
     canaries: list[weakref.ref[_Canary]] = field(default_factory=list)
     cotangent: Tensor | None = None
     feeding: frozenset[str] = frozenset()  # parameters from which the incoming state is made
+    hands_on_a_graph: bool = False  # the state it returned has one
     interrupted: bool = False  # an update came after it and before its backward
     step: object | None = None  # the optimizer step inside which it ran, if any
 
@@ -320,6 +321,7 @@ class Watch:
             live.call = replace(
                 live.call, prediction=prediction.detach(), state_after=self.last_state
             )
+            live.hands_on_a_graph = any(leaf.grad_fn for leaf in leaves(after).values())
             if prediction.grad_fn is not None:
                 self._look_after(live, prediction, leaves(after).values())
                 self.open.append(live)
@@ -952,7 +954,8 @@ def _pieces(calls: list[_LiveCall]) -> tuple[Span, ...]:
         span = span_of(call.places)
         if span is None:
             return ()
-        if i and call.call.attached:
+        # A state that never had a graph was not cut from one.
+        if i and (call.call.attached or not calls[i - 1].hands_on_a_graph):
             pieces[-1] = (min(pieces[-1][0], span[0]), max(pieces[-1][1], span[1]))
         else:
             pieces.append(span)

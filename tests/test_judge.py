@@ -8,7 +8,11 @@ from torch.nn.functional import mse_loss
 
 import tbptt_props as tb
 from tbptt_props import properties as props
-from tbptt_ref.faults_state import DetachesEveryTimeStep, DetachesOnlyH, KeepsStateAcrossEqualBatches
+from tbptt_ref.faults_state import (
+    DetachesEveryTimeStep,
+    DetachesOnlyH,
+    KeepsStateAcrossEqualBatches,
+)
 from tbptt_ref.faults_time import CutsIntoKChunks
 from tbptt_ref.faults_update import CallsBackwardItself, NeverClears
 from tbptt_ref.module import State, TruncatedRNN
@@ -16,13 +20,17 @@ from tbptt_ref.module import State, TruncatedRNN
 SEVERAL = tb.Case(batch=2, steps=5, chunk=2, inputs=2, hidden=3, batches=2)
 ONE_CHUNK = tb.Case(batch=2, steps=2, chunk=2)
 Build = Callable[[tb.Case], tb.Subject]
+Property = props.LinkProperty | props.RunProperty
 
 
-def made(kind: type[TruncatedRNN], core: type[nn.RNNBase] = nn.RNN) -> Build:
+def made(kind: type[TruncatedRNN], core: type[nn.RNN | nn.LSTM] = nn.RNN) -> Build:
     """Return a factory of subjects; its modules draw their parameters from the global generator."""
 
     def build(case: tb.Case) -> tb.Subject:
-        parts = core(case.inputs, case.hidden, batch_first=True), nn.Linear(case.hidden, case.outputs)
+        parts = (
+            core(case.inputs, case.hidden, batch_first=True),
+            nn.Linear(case.hidden, case.outputs),
+        )
         return tb.Subject(kind(*parts, chunk=case.chunk), loss=mse_loss)
 
     return build
@@ -100,7 +108,7 @@ def test_a_check_leaves_the_subject_as_it_was() -> None:
 
 
 def test_only_the_properties_asked_for_are_judged() -> None:
-    asked = [props.each_chunk_updates_once, props.chunks_tile_the_sequence]
+    asked: list[Property] = [props.each_chunk_updates_once, props.chunks_tile_the_sequence]
 
     report = tb.check(made(CutsIntoKChunks)(SEVERAL), SEVERAL, properties=asked)
 
@@ -214,7 +222,10 @@ def test_a_search_finds_what_is_broken_and_the_smallest_case_of_each(mistake: st
 
 
 def test_each_property_has_a_smallest_case_of_its_own() -> None:
-    due = {props.gradients_are_the_chunks_own: 1, props.a_batch_knows_nothing_of_the_one_before: 2}
+    due: dict[Property, int] = {
+        props.gradients_are_the_chunks_own: 1,
+        props.a_batch_knows_nothing_of_the_one_before: 2,
+    }
 
     report = tb.verify(made(NeverClears), max_examples=10, seed=0, properties=list(due))
 
@@ -248,9 +259,7 @@ def test_the_smallest_case_breaks_its_property_again_when_it_is_checked() -> Non
 
 
 def test_a_seed_repeats_a_search_word_for_word() -> None:
-    one, other = (
-        tb.verify(made(DetachesOnlyH, nn.LSTM), max_examples=5, seed=3) for _ in range(2)
-    )
+    one, other = (tb.verify(made(DetachesOnlyH, nn.LSTM), max_examples=5, seed=3) for _ in range(2))
 
     assert one == other
     assert one.as_text() == other.as_text()
@@ -344,7 +353,8 @@ class FirstStateInSingle(TruncatedRNN):
 
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
         if state is None:
-            state = torch.zeros(1, x.shape[0], self.readout.in_features, dtype=torch.float32)
+            width = self.get_parameter("readout.weight").shape[1]
+            state = torch.zeros(1, x.shape[0], width, dtype=torch.float32)
         return super().forward(x, state)
 
 

@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
         "compare": {"trace"},
         "places": {"trace"},
         "aims": {"compare", "places", "trace"},
+        "report": {"case", "subject", "trace"},
         "strategies": {"case", "state"},
         "properties": {"compare", "state", "trace"},
         "watch": {
@@ -59,11 +60,11 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
             "observation",
             "properties",
             "rederivation",
+            "report",
             "strategies",
             "subject",
             "trace",
         },
-        "report": {"judge"},
         "suite": {"case", "judge", "properties", "report", "strategies", "subject"},
         "__main__": {"case", "judge", "subject"},
         "__init__": {
@@ -73,6 +74,7 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
             "observation",
             "properties",
             "rederivation",
+            "report",
             "strategies",
             "subject",
             "suite",
@@ -101,7 +103,6 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
 # What only these may import, of all modules of both packages.
 ONLY: dict[str, set[str]] = {
     "lightning": {"tbptt_props.train", "tbptt_ref.module"},
-    "lightning_utilities": {"tbptt_ref.module"},
     "hypothesis": {"tbptt_props.judge", "tbptt_props.strategies", "tbptt_props.suite"},
     "pytest": {"tbptt_props.suite"},
     "numpy": {"tbptt_props.process", "tbptt_ref.closed_form"},

@@ -9,7 +9,6 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
@@ -53,10 +52,13 @@ backward_goes_through_manual_backward                                     broken
 
   time steps 0-1, backward: called past Lightning, but should be self.manual_backward(loss)
   time steps 2-2, backward: called past Lightning, but should be self.manual_backward(loss)
-  batch 1, time steps 0-1, backward: called past Lightning, but should be self.manual_backward(loss)
-  batch 1, time steps 2-2, backward: called past Lightning, but should be self.manual_backward(loss)
+  batch 1, time steps 0-1, backward: called past Lightning, but should be \
+self.manual_backward(loss)
+  batch 1, time steps 2-2, backward: called past Lightning, but should be \
+self.manual_backward(loss)
 
-  smallest case     Case(batch=1, steps=3, chunk=2, inputs=1, hidden=1, outputs=1, batches=2, seed=0)
+  smallest case     Case(batch=1, steps=3, chunk=2, inputs=1, hidden=1, outputs=1, batches=2, \
+seed=0)
 
 20 hold, 1 broken, 2 not judged
 """
@@ -86,8 +88,8 @@ def wrong(case: tb.Case) -> tb.Subject:
     return subject(case, CallsBackwardItself)
 
 
-def bare(case: tb.Case) -> LightningModule:
-    return right(case).module  # type: ignore[return-value] -- a subject was due
+def bare(case: tb.Case) -> nn.Module:
+    return right(case).module
 
 
 def unreadable(case: tb.Case) -> tb.Subject:
@@ -249,9 +251,7 @@ def test_a_terminal_is_told_how_far_the_search_is_and_left_with_the_report_alone
 
     clear = "\r\033[K"
     told = re.sub(r"\d+ s", "0 s", terminal.getvalue())
-    assert told == (
-        f"{clear}1 of 2 cases, 0 s{found}{clear}2 of 2 cases, 0 s{found}{clear}"
-    )
+    assert told == (f"{clear}1 of 2 cases, 0 s{found}{clear}2 of 2 cases, 0 s{found}{clear}")
 
 
 def test_misuse_is_told_on_a_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +286,15 @@ def test_the_package_runs_as_a_command_on_a_module_where_it_is_called(tmp_path: 
     (tmp_path / "test_main.py").write_text(source)
 
     run = subprocess.run(
-        [sys.executable, "-m", "tbptt_props", "check", "test_main:wrong", "--max-examples=2", *FIXED],
+        [
+            sys.executable,
+            "-m",
+            "tbptt_props",
+            "check",
+            "test_main:wrong",
+            "--max-examples=2",
+            *FIXED,
+        ],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,

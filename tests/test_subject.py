@@ -70,7 +70,7 @@ def module() -> Weighted:
             f"module must be a torch module, got module='{'x' * 56}...",
         ),
         ({"loss": "mse"}, "loss must be callable, got loss='mse'"),
-        ({"loss": None}, "loss must be callable, got loss=None"),
+        ({"loss": 3}, "loss must be callable, got loss=3"),
         ({"contract": {"chunk": 3}}, "contract must be a Contract, got contract={'chunk': 3}"),
         ({"batches": [1]}, "batches must be callable, got batches=[1]"),
         ({"train": "fit"}, "train must be callable, got train='fit'"),
@@ -101,8 +101,6 @@ def test_a_patience_that_is_over_at_once_is_refused(patience: float) -> None:
 def test_everything_but_the_module_is_said_by_name() -> None:
     with pytest.raises(TypeError, match="positional argument"):
         Subject(module(), mse_loss)  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match="'loss'"):
-        Subject(module())  # type: ignore[call-arg]
 
 
 def test_an_observation_error_is_no_failed_assertion() -> None:
@@ -115,9 +113,10 @@ def test_an_observation_error_is_no_failed_assertion() -> None:
 
 def test_what_is_left_out_has_its_default() -> None:
     own = module()
-    subject = Subject(own, loss=mse_loss)
+    subject = Subject(own)
 
     assert subject.module is own
+    assert subject.loss is None
     assert subject.forward == "forward"
     assert subject.contract == Contract()
     assert subject.batches is None
@@ -216,8 +215,9 @@ def test_a_loss_that_is_the_modules_own_method_becomes_the_copys() -> None:
     copy = Subject(own, loss=own.error).copied()
     own.weight = 100.0
 
-    assert copy.loss.__self__ is copy.module  # type: ignore[attr-defined]
-    assert float(copy.loss(torch.ones(1), torch.zeros(1))) == 3.0
+    bound: Any = copy.loss
+    assert bound.__self__ is copy.module
+    assert float(bound(torch.ones(1), torch.zeros(1))) == 3.0
 
 
 def test_a_loss_that_is_a_module_is_copied_too() -> None:
@@ -235,8 +235,10 @@ def other_method() -> Callable[[Tensor, Tensor], Tensor]:
     return module().error
 
 
-@pytest.mark.parametrize("loss", [mse_loss, other_method()])
-def test_any_other_loss_stays_as_it_is(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+@pytest.mark.parametrize("loss", [mse_loss, other_method(), None])
+def test_any_other_loss_stays_as_it_is(
+    loss: Callable[[Tensor, Tensor], Tensor] | None,
+) -> None:
     assert Subject(module(), loss=loss).copied().loss == loss
 
 

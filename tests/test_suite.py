@@ -129,12 +129,13 @@ def test_a_failure_says_claim_place_found_due_and_case(pytester: pytest.Pytester
     result.assert_outcomes(failed=1, deselected=len(NAMES) - 1)
     told = [line.removeprefix("E").strip() for line in result.outlines if line.startswith("E ")]
     start = next(i for i, line in enumerate(told) if line.endswith("broken for test_wrong"))
+    past = "backward: called past Lightning, but should be self.manual_backward(loss)"
     assert re.sub(" {2,}", "  ", "\n".join(told[start : start + 7])) == (
         "backward_goes_through_manual_backward  broken for test_wrong\n"
         "Every backward goes through Lightning, which scales and synchronises it where needed.\n"
         "\n"
-        "time steps 0-0, backward: called past Lightning, but should be self.manual_backward(loss)\n"
-        "time steps 1-1, backward: called past Lightning, but should be self.manual_backward(loss)\n"
+        f"time steps 0-0, {past}\n"
+        f"time steps 1-1, {past}\n"
         "\n"
         f"smallest case  {SMALLEST}"
     )
@@ -188,10 +189,14 @@ def test_a_second_session_in_the_same_process_judges_anew(pytester: pytest.Pytes
 
     first, second = (outcomes(pytester, "-k", "backward_goes_through") for _ in range(2))
 
-    assert first == second == {
-        "test_right[backward_goes_through_manual_backward]": "passed",
-        "test_wrong[backward_goes_through_manual_backward]": "failed",
-    }
+    assert (
+        first
+        == second
+        == {
+            "test_right[backward_goes_through_manual_backward]": "passed",
+            "test_wrong[backward_goes_through_manual_backward]": "failed",
+        }
+    )
 
 
 def test_a_size_given_by_name_is_that_of_every_case(pytester: pytest.Pytester) -> None:
