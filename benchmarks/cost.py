@@ -8,6 +8,7 @@ Shapes: B sequences, T time steps, K time steps in a chunk, I inputs, H hidden u
 """
 
 import argparse
+import contextlib
 import gc
 import logging
 import subprocess
@@ -16,8 +17,11 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from statistics import linear_regression, median
+from functools import cache
+from itertools import pairwise
 from math import log
+from statistics import linear_regression, median
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -27,21 +31,21 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader
 
 import tbptt_props as tb
-from tbptt_ref.faults import FAULTS, Fault
+from tbptt_ref.faults import FAULTS
 from tbptt_ref.module import TruncatedRNN
 
 SMALL = tb.Case(batch=2, steps=7, chunk=3, inputs=3, hidden=4, outputs=2)
 MIDDLE = tb.Case(batch=16, steps=256, chunk=16, inputs=16, hidden=64, outputs=8)
 LONG = replace(MIDDLE, steps=4096)
 NARROW = replace(SMALL, steps=4096, chunk=16)  # hardly any work in a chunk: what we add stands out
-FROM = 16  # the fewest chunks that an exponent is fitted to: a Trainer's own costs are fixed
+FEWEST = 16  # chunks that an exponent is fitted from: a Trainer's own costs are fixed
 
 BY_LENGTH = [replace(MIDDLE, steps=steps) for steps in (64, 256, 1024, 4096)]
 BY_CHUNKS = [replace(SMALL, steps=1024, chunk=1024 // n) for n in (1, 4, 16, 64, 256, 1024)]
 
 EXAMPLES = 100
 BROKEN = ("ForgetsState", "DropsTheTail", "KeepsStateAcrossBatches")
-FIRST_VERDICT = "from benchmarks.cost import BROKEN, first_verdict; first_verdict(BROKEN[0])"
+FIRST_VERDICT = "from benchmarks import cost; cost.quiet(); cost.first_verdict(cost.BROKEN[0])"
 
 
 @dataclass(frozen=True)
@@ -82,16 +86,18 @@ class Cost:
 
 def main() -> None:
     """Measure everything, and print it as it comes."""
-    arguments = argparse.ArgumentParser(prog="benchmarks.cost", description=__doc__)
-    arguments.add_argument("--seconds", type=float, default=4.0, help="for each case (default: 4)")
-    seconds = arguments.parse_args().seconds
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cost", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each case (default: 2)")
+    seconds = parser.parse_args().seconds
     quiet()
-    cost_of(SMALL, seconds=0.0)  # the first fit imports half of Lightning
+    cost_of(SMALL, 0.0)  # the first fit imports half of Lightning
+    gc.freeze()  # so that clearing up before each run does not walk through all of torch
     table("One case each", [SMALL, MIDDLE, LONG, NARROW], seconds)
-    by_length = table("Longer sequences, chunks of K = 16", BY_LENGTH, seconds)
+    by_length = table("Longer sequences, in chunks of K = 16", BY_LENGTH, seconds)
     print(growth(by_length, "T", lambda cost: cost.case.steps))
-    by_chunks = table("More chunks of the same T = 1024", BY_CHUNKS, seconds)
+    by_chunks = table("More chunks, of one T = 1024", BY_CHUNKS, seconds)
     print(growth(by_chunks, "the number of chunks", lambda cost: cost.chunks))
+    print(further(by_chunks))
     searches()
 
 
@@ -128,6 +134,7 @@ def fit_bare(module: pl.LightningModule, case: tb.Case) -> None:
     trainer.fit(module, DataLoader(case.tensors(), batch_size=None))  # type: ignore[arg-type]
 
 
+@cache
 def cost_of(case: tb.Case, seconds: float) -> Cost:
     """Time pairs for so many seconds, but at least three of them."""
     pairs: list[Pair] = []
@@ -174,13 +181,24 @@ def line(cost: Cost) -> str:
 
 def growth(costs: Sequence[Cost], size: str, size_of: Callable[[Cost], int]) -> str:
     """Say with which power of a size both times grow; 1 is linear, 2 is quadratic."""
-    fitted = [cost for cost in costs if cost.chunks >= FROM]
+    fitted = [cost for cost in costs if cost.chunks >= FEWEST]
     bare = exponent([(size_of(cost), cost.bare) for cost in fitted])
     judged = exponent([(size_of(cost), cost.judged) for cost in fitted])
     return (
-        f"\nFrom {FROM} chunks on, time grows as {size} to the power of {judged:.2f} judged, "
+        f"\nFrom {FEWEST} chunks on, time grows as {size} to the power of {judged:.2f} judged, "
         f"and {bare:.2f} bare."
     )
+
+
+def further(costs: Sequence[Cost]) -> str:
+    """Say what a further chunk costs between one case and the next; the same is linear."""
+    fitted = [cost for cost in costs if cost.chunks >= FEWEST]
+    steps = [
+        f"{1e3 * (more.judged - less.judged) / (more.chunks - less.chunks):.2f} ms"
+        f" ({less.chunks} to {more.chunks})"
+        for less, more in pairwise(fitted)
+    ]
+    return f"A further chunk costs {', '.join(steps)} judged."
 
 
 def exponent(points: Sequence[tuple[int, float]]) -> float:
@@ -192,42 +210,48 @@ def exponent(points: Sequence[tuple[int, float]]) -> float:
 # Searches -----------------------------------------------------------------------------------
 
 
+class Seen(BaseException):
+    """Ends a search from inside; an `Exception` would be taken for a failing example."""
+
+
 def searches() -> None:
-    """Time a search that finds nothing, and how soon a broken loop is known to be broken."""
-    print(f"\nA search of {EXAMPLES} cases, in seconds by the clock\n")
-    print(f"{'':26} {'first verdict':>14} {'shrunk':>8}")
-    start = time.monotonic()
-    report = tb.verify(subject_of, max_examples=EXAMPLES, seed=0)
+    """Time searches, and how soon a broken loop is known to be broken."""
+    print(f"\nSearches of {EXAMPLES} cases, in seconds by the clock\n")
+    seconds, report = clocked(tb.verify, subject_of, max_examples=EXAMPLES, seed=0)
     assert not report.broken, report.as_text()
-    print(f"{'TruncatedRNN':26} {'holds':>14} {time.monotonic() - start:8.1f}")
+    print(f"{seconds:7.2f}   TruncatedRNN, which breaks nothing", flush=True)
+    seconds, report = clocked(tb.verify, broken(BROKEN[0]), max_examples=EXAMPLES, seed=0)
+    assert report.broken
+    print(f"{seconds:7.2f}   {BROKEN[0]}, to the end, every case shrunk", flush=True)
     for name in BROKEN:
-        first, whole = first_verdict(name)
-        print(f"{name:26} {first:14.2f} {whole:8.1f}", flush=True)
+        print(f"{clocked(first_verdict, name)[0]:7.2f}   {name}, to the first verdict", flush=True)
+    seconds, _ = clocked(subprocess.run, [sys.executable, "-c", FIRST_VERDICT], check=True)
+    print(f"{seconds:7.2f}   {BROKEN[0]}, to the first verdict, in a new process with its imports")
+
+
+def clocked(action: Callable[..., Any], *arguments: Any, **named: Any) -> tuple[float, Any]:
+    """Return how long an action takes by the clock, and what it returns."""
     start = time.monotonic()
-    subprocess.run([sys.executable, "-c", FIRST_VERDICT], check=True)
-    print(f"{f'{BROKEN[0]}, new process':26} {'':14} {time.monotonic() - start:8.1f}")
+    result = action(*arguments, **named)
+    return time.monotonic() - start, result
 
 
-def first_verdict(name: str) -> tuple[float, float]:
-    """Return after how many seconds a fault is first seen, and all of them shrunk."""
-    (fault,) = (fault for fault in FAULTS if fault.name == name)
-    start, seen = time.monotonic(), [0.0]
+def first_verdict(name: str) -> None:
+    """Search until a fault is seen."""
 
     def note(number: int, report: tb.Report) -> None:
-        if report.broken and not seen[0]:
-            seen[0] = time.monotonic() - start
+        if report.broken:
+            raise Seen
 
-    tb.verify(broken(fault), max_examples=EXAMPLES, seed=0, on_case=note)
-    return seen[0], time.monotonic() - start
+    with contextlib.suppress(Seen):
+        tb.verify(broken(name), max_examples=EXAMPLES, seed=0, on_case=note)
+        raise AssertionError(f"{name} was not seen to break anything in {EXAMPLES} cases")
 
 
-def broken(fault: Fault) -> Callable[[tb.Case], tb.Subject]:
-    """Return what builds the subject that has this fault."""
-
-    def build(case: tb.Case) -> tb.Subject:
-        return tb.Subject(fault.build(case), loss=mse_loss)
-
-    return build
+def broken(name: str) -> Callable[[tb.Case], tb.Subject]:
+    """Return what builds the subject that has the fault of this name."""
+    (fault,) = (fault for fault in FAULTS if fault.name == name)
+    return lambda case: tb.Subject(fault.build(case), loss=mse_loss)
 
 
 if __name__ == "__main__":

@@ -64,12 +64,23 @@ def _tolerance(tensor: Tensor) -> Tolerance:
 
 
 def difference(name: str, found: Tensor, due: Tensor) -> Difference:
-    """Return the entry in which two tensors of one shape differ most."""
+    """Return the entry in which two tensors of one shape differ most: a NaN that is not due first.
+
+    Of complex entries, the absolute values are told.
+    """
     with torch.no_grad():
-        gap = (found.detach() - due.detach()).abs().to(torch.float64).nan_to_num(torch.inf)
+        one, other = _comparable(found), _comparable(due)
+        gap = (one - other).abs().nan_to_num(torch.inf)
+        gap = torch.where((one == other) | (one.isnan() & other.isnan()), 0.0, gap)
     flat = int(gap.argmax()) if gap.numel() else 0
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), gap.shape))
-    return Difference(name, index, float(found[index]), float(due[index]))
+    told = [part.abs() if part.is_complex() else part for part in (one, other)]
+    return Difference(name, index, float(told[0][index]), float(told[1][index]))
+
+
+def _comparable(tensor: Tensor) -> Tensor:
+    wide = torch.complex128 if tensor.is_complex() else torch.float64
+    return tensor.detach().to(wide)
 
 
 def worst(found: Tensors, due: Tensors, *, bitwise: bool = False) -> Iterator[Difference]:
@@ -93,7 +104,7 @@ def is_clipped(gradients: Tensors, handed: Tensors) -> bool:
     if not changed or not any(bool(g.any()) for g in handed.values()):
         return False
     height = max(float(g.abs().max()) for g in changed.values() if g.numel())
-    return all(
+    return height > 0 and all(
         _scaled_down(gradients[name], g) or close(g, gradients[name].clamp(-height, height))
         for name, g in changed.items()
     )

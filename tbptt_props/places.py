@@ -30,7 +30,7 @@ def locate(x: Tensor, live: Any, pristine: Tensor) -> Tensor | None:
 
 
 def _by_memory(x: Tensor, live: Tensor) -> Tensor | None:
-    if not live.is_contiguous() or x.dtype != live.dtype:
+    if live.dim() > 3 or not live.is_contiguous() or x.dtype != live.dtype:
         return None
     if x.untyped_storage().data_ptr() != live.untyped_storage().data_ptr():
         return None
@@ -42,13 +42,15 @@ def _by_memory(x: Tensor, live: Tensor) -> Tensor | None:
     for dim in range(rows):
         steps = torch.arange(x.shape[dim]) * x.stride(dim)
         offset = offset.unsqueeze(-1) + steps
-    return _unflattened(offset, live.shape[1], width)
+    return _unflattened(offset, live.shape[0], live.shape[1], width)
 
 
-def _unflattened(offset: Tensor, steps: int, width: int) -> Tensor | None:
+def _unflattened(offset: Tensor, sequences: int, steps: int, width: int) -> Tensor | None:
     if bool((offset % width != 0).any()):
         return None
     row = offset // width
+    if bool(((row < 0) | (row >= sequences * steps)).any()):
+        return None
     return torch.stack((row // steps, row % steps), dim=-1)
 
 

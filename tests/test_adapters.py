@@ -213,7 +213,8 @@ def test_a_function_that_trains_nothing_is_refused() -> None:
 
     assert str(refusal.value) == (
         "Net.forward was never called while training: name the call that runs a chunk with "
-        "Subject(..., forward='...'), a method or a submodule"
+        "Subject(..., forward='...'), a method or a submodule, and let train take its batches one "
+        "by one as it comes to them"
     )
 
 

@@ -1,5 +1,6 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,8 @@ from tbptt_props import properties as props
 from tbptt_ref.faults_state import (
     DetachesEveryTimeStep,
     DetachesOnlyH,
-    KeepsStateAcrossEqualBatches,
 )
-from tbptt_ref.faults_time import CutsIntoKChunks
+from tbptt_ref.faults_time import CutsIntoKChunks, DropsTheTail
 from tbptt_ref.faults_update import CallsBackwardItself, NeverClears
 from tbptt_ref.module import State, TruncatedRNN
 
@@ -126,6 +126,25 @@ def test_a_search_judges_only_the_properties_asked_for() -> None:
     assert [(v.name, v.status) for v in report.verdicts] == [("chunks_tile_the_sequence", "holds")]
 
 
+def dropping(case: tb.Case) -> tb.Subject:
+    return replace(made(DropsTheTail)(case), contract=tb.Contract(tail="drop"))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        tb.Case(batch=2, steps=5, chunk=2, batches=2),
+        tb.Case(batch=2, steps=5, chunk=4, batches=3, seed=2),
+        tb.Case(batch=2, steps=2, chunk=3),
+    ],
+    ids=["with a tail", "whose last batch is a tail", "that is a tail"],
+)
+def test_a_loop_that_drops_the_tail_as_promised_breaks_nothing_on_a_case(case: tb.Case) -> None:
+    report = tb.check(dropping(case), case)
+
+    assert [str(violation) for v in report.broken for violation in v.violations] == []
+
+
 # Reports ------------------------------------------------------------------------------------
 
 HOLDS = tb.Verdict("it_holds", "It holds.", judged=3)
@@ -193,21 +212,30 @@ def test_a_report_that_judged_nothing_is_raised_as_what_it_is() -> None:
 
 # The search ---------------------------------------------------------------------------------
 
+
+class KeepsAll(TruncatedRNN):
+    """Keeps its state from batch to batch, and with it its graph from chunk to chunk."""
+
+    kept: State = None
+
+    def train_chunk(self, x: Tensor, y: Tensor, state: State) -> tuple[Tensor, State]:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        prediction, self.kept = self(x, self.kept if state is None else state)
+        loss = self.loss(prediction, y)
+        self.manual_backward(loss, retain_graph=True)
+        optimizer.step()
+        return loss.detach(), self.kept
+
+
 SMALLEST: dict[str, tuple[Build, dict[str, tb.Case]]] = {
     "cuts at every time step": (
         made(DetachesEveryTimeStep),
-        {"gradients_span_the_whole_chunk": tb.Case(steps=3, chunk=2)},
+        {"gradients_span_the_whole_chunk": tb.Case(steps=2, chunk=2)},
     ),
     "detaches one of two": (
         made(DetachesOnlyH, nn.LSTM),
         {"training_reaches_the_end": tb.Case(), "graph_crosses_no_boundary": tb.Case()},
-    ),
-    "keeps its state": (
-        made(KeepsStateAcrossEqualBatches, nn.LSTM),
-        {
-            "state_starts_afresh_with_each_batch": tb.Case(batches=2),
-            "a_batch_knows_nothing_of_the_one_before": tb.Case(batches=2),
-        },
     ),
 }
 
@@ -216,22 +244,22 @@ SMALLEST: dict[str, tuple[Build, dict[str, tb.Case]]] = {
 def test_a_search_finds_what_is_broken_and_the_smallest_case_of_each(mistake: str) -> None:
     build, due = SMALLEST[mistake]
 
-    report = tb.verify(build, max_examples=10, seed=0)
+    report = tb.verify(build, max_examples=10, seed=0, inputs=1, batches=1)
 
     assert {verdict.name: verdict.case for verdict in report.broken} == due
 
 
 def test_each_property_has_a_smallest_case_of_its_own() -> None:
-    due: dict[Property, int] = {
-        props.gradients_are_the_chunks_own: 1,
-        props.a_batch_knows_nothing_of_the_one_before: 2,
-    }
-
-    report = tb.verify(made(NeverClears), max_examples=10, seed=0, properties=list(due))
-
-    assert [verdict.case for verdict in report.verdicts] == [
-        tb.Case(batches=batches) for batches in due.values()
+    asked: list[Property] = [
+        props.graph_crosses_no_boundary,
+        props.state_starts_afresh_with_each_batch,
     ]
+
+    report = tb.verify(
+        made(KeepsAll), max_examples=10, seed=0, properties=asked, steps=2, chunk=1, outputs=1
+    )
+
+    assert [verdict.case for verdict in report.verdicts] == [tb.Case(), tb.Case(batches=2)]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -319,7 +347,12 @@ def test_what_is_judged_on_some_case_is_judged() -> None:
     told: list[tb.Report] = []
 
     report = tb.verify(
-        right, max_examples=20, seed=0, on_case=lambda number, seen: told.append(seen)
+        right,
+        max_examples=8,
+        seed=0,
+        on_case=lambda number, seen: told.append(seen),
+        steps=2,
+        batches=1,
     )
 
     statuses = {seen["one_chunk_is_one_ordinary_update"].status for seen in told}

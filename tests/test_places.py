@@ -106,6 +106,14 @@ def test_a_view_is_found_where_the_batch_is_a_part_of_something_larger() -> None
     assert_places(locate(live[:, 2:5], live, live.clone()), PLACES[:, 2:5])
 
 
+def test_a_view_of_a_single_input_is_found_whatever_the_stride_of_its_features() -> None:
+    live = torch.ones(3, 7, 1)
+    x = live[:, 2::2].transpose(1, 2)[..., :1]
+    assert x.stride(-1) == 2
+
+    assert_places(locate(x, live, live.clone()), PLACES[:, 2:3])
+
+
 def test_a_view_is_found_after_the_batch_was_changed_in_place() -> None:
     live, pristine = inputs(2), inputs(2)
     x = live[:, 2:5]

@@ -245,7 +245,7 @@ def test_a_build_that_raises_leaves_the_process_as_it_was() -> None:
 
     before = process()
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(tb.ObservationError, match="raised ZeroDivisionError"):
         tb.verify(build, max_examples=3, seed=0)
 
     assert changed(before) == set()

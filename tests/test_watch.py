@@ -35,6 +35,7 @@ from tbptt_ref.faults_side_effects import LeavesEvalOn, ScalesTheBatch
 from tbptt_ref.faults_state import RetainsItsPast
 from tbptt_ref.faults_update import (
     CallsBackwardItself,
+    ForgetsTheMomentum,
     NeverClears,
     TakesTheRawOptimizer,
     UpdatesBeforeBackward,
@@ -539,6 +540,30 @@ def test_a_forward_that_no_backward_reaches_belongs_to_no_chunk() -> None:
     for chunk, count in pairs(trace):
         assert outcome(chunk).events == ("forward", "backward", "update")
         assert is_close(outcome(chunk).loss, count.loss)
+
+
+class LooksBack(TruncatedRNN):
+    """Ends every batch with a look at its beginning."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        super().training_step(batch, batch_idx)
+        with torch.no_grad():
+            self(batch[0][:, :1])
+
+
+def test_a_run_ends_in_the_state_of_what_was_trained_on_last() -> None:
+    first = observed(counting(LooksBack)).resumed.first
+
+    assert first is not None
+    assert is_close(first.state["state"], COUNTS[-1].state_after)
+
+
+def test_what_an_update_remembers_is_what_the_one_before_left_and_not_what_was_made_of_it() -> None:
+    trace = observed(counting(ForgetsTheMomentum))
+
+    memories = [outcome(chunk).rules[0].memory[WEIGHT] for chunk in trace.chunks[:2]]
+    assert memories[0] == {}
+    assert is_close(memories[1]["momentum_buffer"], COUNTS[0].momentum_after)
 
 
 class Remembering(Adder):
