@@ -10,7 +10,6 @@ import argparse
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass, replace
 from functools import partial

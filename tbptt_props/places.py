@@ -57,7 +57,7 @@ def _unflattened(offset: Tensor, sequences: int, steps: int, width: int) -> Tens
 def _by_value(x: Tensor, pristine: Tensor) -> Tensor | None:
     """Look the rows up by their first number, which no two places share."""
     if (
-        pristine.dim() < 3
+        pristine.dim() != 3
         or not pristine.is_floating_point()
         or x.shape[-1:] != pristine.shape[-1:]
     ):

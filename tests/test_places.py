@@ -145,6 +145,8 @@ def test_numbers_that_come_up_twice_are_not_looked_up() -> None:
 
     assert locate(live[:, 2:5].clone(), live, live.clone()) is None
     assert_places(locate(live[:, 2:5], live, live.clone()), PLACES[:, 2:5])
+    assert locate(torch.ones(1, 2, 1), None, torch.ones(1, 2, 1)) is None
+    assert_places(locate(torch.ones(1, 1, 1), None, torch.ones(1, 1, 1)), PLACES[:1, :1])
 
 
 # What is not the batch's --------------------------------------------------------------------
@@ -282,6 +284,7 @@ def test_each_chunk_of_any_case_is_found_in_any_layout(case: Case, data: st.Data
         (PLACES[:, 3:4].transpose(0, 1), True),
         (PLACES[1:2, 2:5], False),
         (PLACES[1:2, 2:5].transpose(0, 1), True),
+        (PLACES[1:2, 2:4].transpose(0, 1), True),
         (PLACES[[2, 0, 1], 2:5], False),
         (PLACES[:, 2:5].flip(1).transpose(0, 1), True),
         (PLACES[1:2, 3:4], False),

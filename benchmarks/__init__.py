@@ -1,0 +1,1 @@
+"""What judging costs, as ratios to bare training; nothing here is a test."""
