@@ -94,7 +94,7 @@ def test_a_plain_loop_that_is_right_breaks_nothing_on_any_case(
 ) -> None:
     build = partial(subject, optimizer=optimizer)
 
-    report = tb.verify(build, max_examples=20, seed=0)
+    report = tb.verify(build, max_examples=12, seed=0)
 
     assert [str(violation) for v in report.broken for violation in v.violations] == []
 

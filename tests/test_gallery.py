@@ -1,6 +1,7 @@
 """Strangers' loops: correct ones break nothing, broken ones break the right property."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from gallery.broken import BROKEN
@@ -30,9 +31,9 @@ BY_ANOTHER_CONTRACT = {
 }
 
 
-def subject_of(build: Callable[[tb.Case], object]) -> Callable[[tb.Case], tb.Subject]:
+def subject_of(build: Callable[[tb.Case], Any]) -> Callable[[tb.Case], tb.Subject]:
     def subject(case: tb.Case) -> tb.Subject:
-        module, loss = build(case)  # type: ignore[misc]
+        module, loss = build(case)
         return tb.Subject(module, loss=loss)
 
     return subject
@@ -48,7 +49,7 @@ CASES = (
 )
 
 
-def judged(build: Callable[[tb.Case], object]) -> tuple[set[str], set[str]]:
+def judged(build: Callable[[tb.Case], Any]) -> tuple[set[str], set[str]]:
     """Return the names of the properties that are broken on some case, and that hold on some."""
     broken: set[str] = set()
     held: set[str] = set()

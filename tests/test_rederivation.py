@@ -318,6 +318,136 @@ def test_several_attached_calls_have_the_gradients_of_one() -> None:
     assert float((cut.gradients[name] - whole.gradients[name]).abs().max()) > 1e-3
 
 
+class CellByCell(nn.Module):
+    """Takes one time step a call, (B, I)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.RNNCell(CASE.inputs, CASE.hidden)
+        self.readout = nn.Linear(CASE.hidden, CASE.outputs)
+
+    def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        state = self.cell(x, state)
+        return self.readout(state), state
+
+
+def test_a_loop_over_time_steps_has_the_gradients_of_all_its_steps() -> None:
+    module = grown(CellByCell())
+    ((x, y),) = CASE.tensors()
+    seen = chunk(module)
+    assert seen.given is not None
+    (first,) = seen.given.calls
+    steps = [replace(first, x=step, attached=t > 0) for t, step in enumerate(x.unbind(1))]
+    state, predictions = None, []
+    for step in x.unbind(1):
+        prediction, state = module(step, state)
+        predictions.append(prediction)
+    loss = mse_loss(torch.stack(predictions, dim=1), y)
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(loss, parameters)
+
+    for form, of_whole in (("mean", 1), ("sum", CASE.steps)):
+        value = of_whole * float(loss.detach())
+        outcome = replace(NO_RULES, loss=value, cotangents=(None,) * CASE.steps)
+        given_ = replace(seen.given, calls=tuple(steps))
+        found = due(module, replace(seen, given=given_, outcome=outcome))
+        assert found.loss == pytest.approx(value, rel=CLOSE), form
+        scaled = [of_whole * gradient for gradient in gradients]
+        assert_close(found.gradients, dict(zip(names, scaled, strict=True)))
+
+
+@pytest.mark.xfail(reason="targets are always split along the second dimension", strict=True)
+def test_a_loop_over_time_steps_may_have_time_first() -> None:
+    """As torch's recurrent layers have it by default, called with x[t : t + 1]."""
+    module = model()
+    module.core.batch_first = False
+    ((x, y),) = CASE.tensors()
+    seen = chunk(module)
+    assert seen.given is not None
+    (first,) = seen.given.calls
+    steps = torch.split(x.transpose(0, 1), 1, dim=0)
+    calls = tuple(replace(first, x=step, attached=t > 0) for t, step in enumerate(steps))
+    outcome = replace(NO_RULES, cotangents=(None,) * CASE.steps)
+    given_ = replace(seen.given, calls=calls, target=y.transpose(0, 1))
+
+    found = rederive(
+        tb.Subject(module, loss=mse_loss), replace(seen, given=given_, outcome=outcome)
+    )
+
+    assert found.missing == ""
+
+
+class NeedsMore(Model):
+    """Takes a scale behind the state, and a shift by name."""
+
+    def forward(
+        self, x: Tensor, state: Any = None, scale: Any = 1.0, *, shift: Any = 0.0
+    ) -> tuple[Tensor, Any]:
+        prediction, state = super().forward(x, state)
+        return scale * prediction + shift, state
+
+
+def test_arguments_behind_the_state_are_handed_over_again() -> None:
+    whole = model()
+    module = NeedsMore(whole.core, whole.readout)
+    seen = chunk(module, starts_batch=True)
+    assert seen.given is not None
+    (call,) = seen.given.calls
+    ((x, y),) = CASE.tensors()
+    with torch.no_grad():
+        due_loss = float(mse_loss(2 * whole(x)[0] + 3, y))
+
+    others = ((torch.tensor(2.0),), {"shift": torch.tensor(3.0)})
+    found = due(
+        module, replace(seen, given=replace(seen.given, calls=(replace(call, others=others),)))
+    )
+
+    assert found.loss == pytest.approx(due_loss, rel=CLOSE)
+    assert found.in_two is None
+
+
+class HandsNothingOn(nn.Module):
+    """Keeps its state to itself, and takes none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.core = nn.RNN(CASE.inputs, CASE.hidden, batch_first=True)
+        self.readout = nn.Linear(CASE.hidden, CASE.outputs)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+        return self.readout(self.core(x)[0]), None
+
+
+def test_a_forward_that_was_handed_no_state_is_handed_none_again() -> None:
+    module = grown(HandsNothingOn())
+    seen = chunk(module, starts_batch=True)
+    assert seen.given is not None
+    call = replace(seen.given.calls[0], handed=False)
+
+    found = due(module, replace(seen, given=replace(seen.given, calls=(call,))))
+
+    assert found.loss is not None
+    assert found.in_two is None
+
+
+class Idle(Model):
+    """Has a parameter that it does not use."""
+
+    def __init__(self, core: nn.Module, readout: nn.Module) -> None:
+        super().__init__(core, readout)
+        self.unused = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+
+
+def test_a_parameter_that_is_not_used_has_no_gradient() -> None:
+    whole = model()
+    module = Idle(whole.core, whole.readout)
+    (cotangent,) = due(module, chunk(module)).cotangents
+    assert cotangent is not None
+
+    for outcome in (NO_RULES, replace(NO_RULES, cotangents=(2 * cotangent,))):
+        assert "unused" not in due(module, chunk(module, outcome=outcome)).gradients
+
+
 # Updates -------------------------------------------------------------------------------------
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
@@ -470,6 +600,36 @@ def test_a_parameter_without_a_gradient_stays_where_it_is() -> None:
     )
 
     assert_close(found.parameters, (dict(rule.before),))
+
+
+class Paced(SGD):
+    """Keeps its pace in an attribute of its own."""
+
+    def __init__(self, params: Any, *, pace: float) -> None:
+        super().__init__(params, lr=1.0)
+        self.pace = pace
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.sub_(self.pace * parameter.grad)
+
+
+def test_an_optimizers_own_attributes_are_kept() -> None:
+    gradients, _, rule = third_update(partial(Paced, pace=0.25))
+
+    (found,) = due(model(), chunk(model(), outcome=replace(NO_RULES, rules=(rule,)))).parameters
+
+    assert_close(found["weight"], rule.before["weight"] - 0.25 * gradients[2])
+
+
+def test_what_is_no_parameter_of_the_module_is_left_out_of_its_update() -> None:
+    gradients, _, rule = third_update(partial(SGD, lr=0.1))
+    more = replace(rule, groups=({**rule.groups[0], "params": ["", "weight"]},))
+
+    (found,) = due(model(), chunk(model(), outcome=replace(NO_RULES, rules=(more,)))).parameters
+
+    assert_close(found, {"weight": rule.before["weight"] - 0.1 * gradients[2]})
 
 
 class Stubborn(SGD):
@@ -753,6 +913,12 @@ def test_buffers_are_loaded_before_forward_is_repeated() -> None:
     assert found.loss == pytest.approx(loss, rel=CLOSE)
 
 
+def test_a_buffer_that_came_later_stays_as_it_is() -> None:
+    module = grown(Normed())
+
+    assert due(module, chunk(module, buffers={})).loss == due(module, chunk(module)).loss
+
+
 def test_running_statistics_do_not_add_up_over_the_repetitions() -> None:
     module = grown(Normed())
 
@@ -812,6 +978,14 @@ class Reads(Model):
         return super().forward(x, None if state is None else state.data)
 
 
+class Peeks(Ignores):
+    """Predicts by the state's value, and hands another one on."""
+
+    def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        prediction, after = super().forward(x)
+        return prediction + (0 if state is None else state.data.sum()), after
+
+
 class Passes(Ignores):
     """Hands the state on to the next chunk, and uses it for nothing else."""
 
@@ -821,7 +995,8 @@ class Passes(Ignores):
 
 
 @pytest.mark.parametrize(
-    ("kind", "matters"), [(Model, True), (Reads, True), (Passes, True), (Ignores, False)]
+    ("kind", "matters"),
+    [(Model, True), (Reads, True), (Peeks, True), (Passes, True), (Ignores, False)],
 )
 def test_a_state_matters_if_predictions_or_the_next_state_depend_on_it(
     kind: type[Model], matters: bool
@@ -830,6 +1005,28 @@ def test_a_state_matters_if_predictions_or_the_next_state_depend_on_it(
     module = kind(whole.core, whole.readout)
 
     assert due(module, chunk(module, state=carried())).state_matters is matters
+
+
+class CountsUp(Ignores):
+    """Predicts by how often it was called, and by a counter in its state."""
+
+    def __init__(self, core: nn.Module, readout: nn.Module) -> None:
+        super().__init__(core, readout)
+        self.calls = 0
+        self.table = torch.arange(4.0, dtype=torch.float64)
+
+    def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        self.calls += 1
+        _, counter = state
+        prediction, after = super().forward(x)
+        return prediction + self.calls + self.table[counter], (after, counter)
+
+
+def test_neither_a_counter_nor_another_call_makes_a_state_matter() -> None:
+    module = CountsUp(model().core, model().readout)
+    seen = chunk(module, state=(carried(), torch.tensor(2)), attributes={"": {"calls": 0}})
+
+    assert due(module, seen).state_matters is False
 
 
 def test_a_state_matters_also_through_units_that_are_dead() -> None:
@@ -909,6 +1106,40 @@ class Grows(Model):
         features, _ = self.core(x)
         seen = features if state is None else torch.cat([state, features], dim=1)
         return self.readout(features + seen.mean(dim=1, keepdim=True)), seen
+
+
+def test_plain_attributes_are_put_back_before_the_first_part() -> None:
+    whole = model()
+    module = Remembers(whole.core, whole.readout)
+    kept = {"calls": 4, "kept": torch.full((1,), 0.5, dtype=torch.float64)}
+
+    assert due(module, chunk(module, attributes={"": kept}, starts_batch=True)).in_two == ()
+
+
+class Last(Model):
+    """Predicts for the last time step alone."""
+
+    def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        prediction, state = super().forward(x, state)
+        return prediction[:, -1:], state
+
+
+def last_only(prediction: Tensor, target: Tensor) -> Tensor:
+    return mse_loss(prediction, target[:, -1:])
+
+
+def test_a_prediction_that_is_not_one_a_time_step_is_not_run_in_two_parts() -> None:
+    whole = model()
+    module = Last(whole.core, whole.readout)
+
+    assert due(module, chunk(module, starts_batch=True), last_only).in_two is None
+
+
+def test_a_layout_that_is_not_known_is_not_run_in_two_parts() -> None:
+    module = model()
+    unknown = replace(chunk(module, starts_batch=True), inputs=())
+
+    assert due(module, unknown).in_two is None
 
 
 def test_what_legitimately_depends_on_the_cut_is_not_run_in_two_parts() -> None:
