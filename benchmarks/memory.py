@@ -60,7 +60,7 @@ def main() -> None:
         print(*astuple(peak_here(one[0], one[1], *map(int, one[2:]))))
         return
     print(f"{parameters(LARGE):,} parameters, {LARGE.steps} chunks, in MB\n")
-    print(f"{'':12} {'bare':>7} {'judged':>7} {'ratio':>6}   {'with imports':>7} {'':>7}")
+    print(f"{'':12} {'bare':>7} {'judged':>7} {'ratio':>6}   with imports")
     ratios = [compared(name) for name in OPTIMIZERS]
     print(f"\nAt most {max(ratios):.2f} times as much, where at most {MOST} times is due.")
     grown(LARGE, CHUNKS)

@@ -102,11 +102,12 @@ def _skipping_what_nothing_was_judged_of(test: Any, tally: _Tally) -> Any:
 
 
 def _with_property(build: Callable[..., Subject]) -> inspect.Signature:
+    """Return the signature of `build` and the property: by name, as pytest hands fixtures over."""
     signature = inspect.signature(build)
-    extra = inspect.Parameter("judged", inspect.Parameter.KEYWORD_ONLY)
-    return signature.replace(
-        parameters=[*signature.parameters.values(), extra], return_annotation=None
-    )
+    by_name = inspect.Parameter.KEYWORD_ONLY
+    own = [p.replace(kind=by_name) for p in signature.parameters.values() if p.name != "self"]
+    judged = inspect.Parameter("judged", by_name)
+    return signature.replace(parameters=[*own, judged], return_annotation=None)
 
 
 def _settled(max_examples: int | None) -> Any:
