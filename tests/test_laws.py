@@ -384,6 +384,21 @@ def test_a_loop_whose_optimizers_nobody_knows_can_not_be_resumed() -> None:
     assert verdicts(reference(WHOLE), WHOLE, train=plain_loop) == OBEYED[WHOLE]
 
 
+class DoublesItsInputs(TruncatedRNN):
+    """Hands its forward what is made from the batch, and not of it."""
+
+    def train_chunk(self, x: Tensor, y: Tensor, state: State) -> tuple[Tensor, State]:
+        return super().train_chunk(2 * x, y, state)
+
+
+def test_chunks_of_inputs_that_are_made_from_the_batch_have_no_place_to_go_on_from() -> None:
+    core, readout = nn.LSTM(2, 3, batch_first=True), nn.Linear(3, 2)
+    whole, cut = (DoublesItsInputs(core, readout, chunk=c.chunk).double() for c in (WHOLE, CUT))
+
+    assert verdicts(whole, WHOLE)[0] == "needs no chunk of the batch's own was observed"
+    assert verdicts(cut, CUT)[1] == "needs inputs of forward are not the batch's own"
+
+
 class Raises(TruncatedRNN):
     """Comes to no end."""
 
