@@ -237,7 +237,7 @@ def test_a_promised_chunk_that_is_no_integer_is_refused(chunk: Any) -> None:
         tb.Contract(chunk=chunk)
 
 
-@pytest.mark.xfail(strict=False, reason="known: see CHANGELOG, Known")
+@pytest.mark.xfail(reason="check raises AttributeError from within")
 @pytest.mark.parametrize(
     "arguments",
     [(made(), CASE), (CASE, subject()), (lambda case: subject(), CASE), (subject(), (2, 5, 2))],
@@ -306,7 +306,7 @@ def test_batches_that_cannot_be_trained_on_are_refused(what: str) -> None:
     assert str(refusal.value) == due
 
 
-@pytest.mark.xfail(strict=False, reason="known: see CHANGELOG, Known")
+@pytest.mark.xfail(reason="batches are unpacked, whatever they are")
 @pytest.mark.parametrize(
     "batches",
     [
@@ -343,7 +343,7 @@ def test_a_module_whose_loss_is_no_scalar_is_told_so() -> None:
     assert str(refusal.value) == "the loss must be a scalar, got a tensor of shape (2, 2, 1)"
 
 
-@pytest.mark.xfail(strict=False, reason="known: see CHANGELOG, Known")
+@pytest.mark.xfail(reason="what needs the loss is not judged, and forward is blamed")
 def test_a_subject_whose_loss_is_no_scalar_is_told_so() -> None:
     with pytest.raises(tb.ObservationError, match=r"loss must .*scalar.* \(2, 2, 1\)"):
         tb.check(subject(loss=apart), CASE)
@@ -369,7 +369,7 @@ def cut_off(prediction: Tensor, target: Tensor) -> Tensor:
     return mse_loss(prediction, target).detach()
 
 
-@pytest.mark.xfail(strict=False, reason="known: see CHANGELOG, Known")
+@pytest.mark.xfail(reason="it is swallowed, or raises from within")
 @pytest.mark.parametrize(
     "loss", [without_a_return, a_float, of_the_prediction_alone, raising, cut_off]
 )
@@ -409,8 +409,10 @@ AUTOMATIC = (
 )
 
 
-@pytest.mark.xfail(strict=False, reason="known: see CHANGELOG, Known")
-@pytest.mark.parametrize("case", [CASE, tb.Case()])
+AT_ONE_TIME_STEP = pytest.mark.xfail(reason="not noticed where chunks are of one time step")
+
+
+@pytest.mark.parametrize("case", [CASE, pytest.param(tb.Case(), marks=AT_ONE_TIME_STEP)])
 def test_a_module_that_is_optimized_automatically_is_told_what_to_set(case: tb.Case) -> None:
     with pytest.raises(tb.ObservationError) as refusal:
         tb.check(tb.Subject(made(Automatic, case), loss=mse_loss), case)
@@ -591,7 +593,6 @@ class RaisesInConfiguring(TruncatedRNN):
         raise RuntimeError("no learning rate was given")
 
 
-@pytest.mark.xfail(strict=False, reason="known: see CHANGELOG, Known")
 @pytest.mark.parametrize(
     ("kind", "where", "error", "line"),
     [
@@ -601,12 +602,13 @@ class RaisesInConfiguring(TruncatedRNN):
             "LookupError: no such column",
             'raise LookupError("no such column")',
         ),
-        (
+        pytest.param(
             RaisesInALibrary,
             "batch 0",
             "JSONDecodeError: Expecting property name enclosed in double quotes: "
             "line 1 column 2 (char 1)",
             'self.settings = json.loads("{")',
+            marks=pytest.mark.xfail(reason="Python's own library is taken for the user's"),
         ),
         (
             RaisesInConfiguring,
@@ -624,7 +626,7 @@ def test_a_loop_that_raises_is_a_finding_with_its_place(
     assert halted(kind) == due
 
 
-@pytest.mark.xfail(strict=False, reason="known: see CHANGELOG, Known")
+@pytest.mark.xfail(reason="two properties hold of a run without a chunk")
 def test_a_run_that_ended_before_its_first_chunk_says_nothing_of_chunks() -> None:
     report = tb.check(subject(RaisesInConfiguring), CASE)
 
@@ -716,7 +718,7 @@ class Stubborn(TruncatedRNN):
                 continue
 
 
-@pytest.mark.xfail(strict=False, reason="known: see CHANGELOG, Known")
+@pytest.mark.xfail(reason="the watchdog barks once")
 def test_a_loop_that_swallows_what_is_to_end_it_is_not_taken_for_another() -> None:
     assert "nothing happened for 0.5 s" in halted(Stubborn, patience=0.5)
 
@@ -731,7 +733,7 @@ class HangsWhenResumed(TruncatedRNN):
         super().training_step(batch, batch_idx)
 
 
-@pytest.mark.xfail(strict=False, reason="known: see CHANGELOG, Known")
+@pytest.mark.xfail(reason="nobody watches the second runs")
 def test_a_loop_that_hangs_only_when_it_is_resumed_is_ended_too() -> None:
     begun = time.monotonic()
 
@@ -740,7 +742,7 @@ def test_a_loop_that_hangs_only_when_it_is_resumed_is_ended_too() -> None:
     assert time.monotonic() - begun < 2.5
 
 
-@pytest.mark.xfail(strict=False, reason="known: see CHANGELOG, Known")
+@pytest.mark.xfail(reason="the watchdog runs on while a chunk is judged")
 def test_the_kits_own_time_is_no_hanging() -> None:
     calls = 0
 
@@ -748,11 +750,11 @@ def test_the_kits_own_time_is_no_hanging() -> None:
         nonlocal calls
         calls += 1
         if calls == 2:
-            time.sleep(0.8)
+            time.sleep(2.0)
         return mse_loss(prediction, target)
 
     case = tb.Case(steps=1, inputs=2, hidden=3)
-    judged = tb.Subject(made(case=case), loss=slow_once, patience=0.3)
+    judged = tb.Subject(made(case=case), loss=slow_once, patience=1.0)
 
     report = tb.check(judged, case)
 
@@ -819,7 +821,7 @@ def bare(case: tb.Case) -> Any:
     return made(case=case)
 
 
-@pytest.mark.xfail(strict=False, reason="known: see CHANGELOG, Known")
+@pytest.mark.xfail(reason="it is called, and what that raises is told")
 @pytest.mark.parametrize("build", [3, subject()], ids=["a number", "a subject"])
 def test_what_is_no_factory_is_refused(build: Any) -> None:
     with pytest.raises(TypeError, match=r"^build must be callable, got build="):
@@ -848,7 +850,7 @@ def test_a_factory_that_raises_is_told_for_which_case() -> None:
     assert isinstance(refusal.value.__cause__, FileNotFoundError)
 
 
-@pytest.mark.xfail(strict=False, reason="known: see CHANGELOG, Known")
+@pytest.mark.xfail(reason="an assumption counts as an exception of the factory's")
 def test_a_factory_may_refuse_a_case_by_assuming_it_away() -> None:
     def build(case: tb.Case) -> tb.Subject:
         assume(case.hidden > 1)
@@ -869,14 +871,14 @@ def far(rate: float) -> tuple[tb.Subject, tb.Case]:
     return tb.Subject(made(case=case, optimizer=partial(SGD, lr=rate)), loss=mse_loss), case
 
 
-@pytest.mark.xfail(strict=False, reason="known: see CHANGELOG, Known")
+@pytest.mark.xfail(reason="a nudge of 1e-5 is lost on parameters of 1e14")
 def test_a_loop_that_is_right_is_not_blamed_for_a_learning_rate_that_is_too_large() -> None:
     report = tb.check(*far(1e3))
 
     assert [str(violation) for v in report.broken for violation in v.violations] == []
 
 
-@pytest.mark.xfail(strict=False, reason="known: see CHANGELOG, Known")
+@pytest.mark.xfail(reason="NaN is the same as NaN")
 def test_numbers_that_stop_being_finite_are_told() -> None:
     report = tb.check(*far(1e200))
 

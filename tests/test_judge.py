@@ -130,13 +130,18 @@ def dropping(case: tb.Case) -> tb.Subject:
     return replace(made(DropsTheTail)(case), contract=tb.Contract(tail="drop"))
 
 
-@pytest.mark.xfail(strict=False, reason="known: see CHANGELOG, Known")
 @pytest.mark.parametrize(
     "case",
     [
         tb.Case(batch=2, steps=5, chunk=2, batches=2),
-        tb.Case(batch=2, steps=5, chunk=4, batches=3, seed=2),
-        tb.Case(batch=2, steps=2, chunk=3),
+        pytest.param(
+            tb.Case(batch=2, steps=5, chunk=4, batches=3, seed=2),
+            marks=pytest.mark.xfail(reason="a batch without a chunk has the state of the last"),
+        ),
+        pytest.param(
+            tb.Case(batch=2, steps=2, chunk=3),
+            marks=pytest.mark.xfail(reason="forward is due though no chunk is"),
+        ),
     ],
     ids=["with a tail", "whose last batch is a tail", "that is a tail"],
 )
@@ -241,8 +246,16 @@ SMALLEST: dict[str, tuple[Build, dict[str, tb.Case]]] = {
 }
 
 
-@pytest.mark.xfail(strict=False, reason="known: see CHANGELOG, Known")
-@pytest.mark.parametrize("mistake", SMALLEST)
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        pytest.param(
+            "cuts at every time step",
+            marks=pytest.mark.xfail(reason="sizes are shrunk to 1 or not at all: chunk=5 stays"),
+        ),
+        "detaches one of two",
+    ],
+)
 def test_a_search_finds_what_is_broken_and_the_smallest_case_of_each(mistake: str) -> None:
     build, due = SMALLEST[mistake]
 

@@ -264,7 +264,7 @@ def test_a_test_may_be_parametrized_beside_its_case(pytester: pytest.Pytester) -
     assert found == {f"{name}-TruncatedRNN]": "passed", f"{name}-CallsBackwardItself]": "failed"}
 
 
-@pytest.mark.xfail(strict=False, reason="known: see CHANGELOG, Known")
+@pytest.mark.xfail(reason="its module is taken for the case")
 def test_a_test_may_be_a_method(pytester: pytest.Pytester) -> None:
     in_a_class = """
         class TestLoops:
