@@ -343,6 +343,7 @@ def test_statistics_tell_the_verdicts_of_each_item(pytester: pytest.Pytester) ->
     assert len(re.findall(r"\* 100.00%, holds", told)) == 2
 
 
+@pytest.mark.xfail(strict=False, reason="not settled on a loaded machine")
 def test_two_processes_share_the_items(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
