@@ -364,12 +364,18 @@ CALLERS: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "warnings as errors": warned,
     "hooks of one's own": hooked,
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
-    "another default device": lambda: torch.device("meta"),
+    "another device": lambda: torch.device("meta"),
 }
 
 
-@pytest.mark.xfail(strict=False, reason="known: see CHANGELOG, Known")
-@pytest.mark.parametrize("caller", CALLERS)
+# What the kit makes of its own goes to the default device, while the subject trains on the CPU.
+NOT_YET = pytest.mark.xfail(raises=RuntimeError, reason="the default device is not seen to")
+
+
+@pytest.mark.parametrize(
+    "caller",
+    [pytest.param(name, marks=[NOT_YET] if name == "another device" else []) for name in CALLERS],
+)
 def test_whatever_the_caller_has_set_is_left_and_changes_no_verdict(caller: str) -> None:
     judged = subject()
 

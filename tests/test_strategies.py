@@ -234,14 +234,20 @@ LEAST: dict[str, tuple[Callable[[Case], bool], Case]] = {
     "any": (lambda case: True, Case()),
     "two time steps in a chunk": (lambda case: case.steps > case.chunk > 1, Case(1, 3, 2)),
     "a tail": (lambda case: case.steps % case.chunk != 0, Case(1, 3, 2)),
+    "two sequences": (lambda case: case.batch > 1, Case(3)),
     "two batches": (lambda case: case.batches > 1, Case(batches=2)),
     "batches that grow shorter": (
         lambda case: len({t for _, t in case.sizes()}) > 1,
         Case(batches=2, seed=2),
     ),
+    "batches that grow smaller": (
+        lambda case: len({b for b, _ in case.sizes()}) > 1,
+        Case(3, batches=2, seed=1),
+    ),
     "three chunks": (lambda case: case.steps > 2 * case.chunk, Case(1, 3, 1)),
     "a sequence shorter than a chunk": (lambda case: case.steps < case.chunk, Case(1, 1, 2)),
-    "five chunks of two": (lambda case: case.steps > 4 * case.chunk > 4, Case(1, 9, 2)),
+    "T = K": (lambda case: case.steps == case.chunk > 1, Case(1, 2, 2)),
+    "five chunks": (lambda case: case.steps > 4 * case.chunk, Case(1, 5, 1)),
     "all sizes two": (
         lambda case: min(case.inputs, case.hidden, case.outputs) > 1,
         Case(1, 2, 1, 2, 2, 2),
@@ -256,10 +262,26 @@ def test_shrinking_ends_in_the_smallest_case(wanted: str) -> None:
     assert smallest(cases(), predicate) == least
 
 
+@pytest.mark.parametrize(
+    ("wanted", "fixed", "least"),
+    [
+        ("any", {"chunk": 35}, Case(1, 36, 35)),
+        ("any", {"steps": 4096, "batch": 3}, Case(3, 4096, 1)),
+        ("two sequences", {"chunk": 35}, Case(2, 36, 35)),
+        ("two sequences", {"steps": 7}, Case(2, 7, 1)),
+        ("two batches", {"chunk": 35}, Case(1, 36, 35, batches=2)),
+    ],
+)
+def test_shrinking_ends_in_the_smallest_case_of_the_sizes_that_are_given(
+    wanted: str, fixed: dict[str, int], least: Case
+) -> None:
+    assert smallest(cases(**fixed), LEAST[wanted][0]) == least
+
+
 # Lengths alone ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", [7, 16, 4096])
+@pytest.mark.parametrize("steps", [2, 7, 16, 4096])
 def test_chunk_lengths_are_of_all_kinds_for_the_steps_that_are_given(steps: int) -> None:
     drawn = hundred(chunk_lengths(steps=steps), 0)
 
