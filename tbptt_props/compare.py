@@ -8,7 +8,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from tbptt_props.trace import Difference, Tensors
+from tbptt_props.trace import Difference, Tensors, told_apart
 
 
 class Tolerance(TypedDict):
@@ -35,6 +35,12 @@ def same(one: Tensor, other: Tensor) -> bool:
     if torch.equal(one, other):
         return True
     return bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def same_leaves(ones: Tensors, others: Tensors) -> bool:
+    """Compare leaf by leaf, in order and bit for bit: a pair may travel as a list."""
+    pairs = zip(ones.values(), others.values(), strict=False)
+    return len(ones) == len(others) and all(same(one, other) for one, other in pairs)
 
 
 def close(found: Tensor, due: Tensor) -> bool:
@@ -64,18 +70,30 @@ def _tolerance(tensor: Tensor) -> Tolerance:
 
 
 def difference(name: str, found: Tensor, due: Tensor) -> Difference:
-    """Return the entry in which two tensors of one shape differ most: a NaN that is not due first.
+    """Return the entry in which two tensors differ most: a NaN that is not due first.
 
-    Of complex entries, the absolute values are told.
+    Where their shapes differ, or nothing but their dtypes, these are told.
     """
+    if found.shape != due.shape:
+        return _of_another_kind(name, f"shape {tuple(found.shape)}", f"shape {tuple(due.shape)}")
     with torch.no_grad():
         one, other = _comparable(found), _comparable(due)
         gap = (one - other).abs().nan_to_num(torch.inf)
         gap = torch.where((one == other) | (one.isnan() & other.isnan()), 0.0, gap)
-    flat = int(gap.argmax()) if gap.numel() else 0
-    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), gap.shape))
-    told = [part.abs() if part.is_complex() else part for part in (one, other)]
-    return Difference(name, index, float(told[0][index]), float(told[1][index]))
+    if found.dtype != due.dtype and not gap.any():
+        return _of_another_kind(name, str(found.dtype), str(due.dtype))
+    index = tuple(int(i) for i in torch.unravel_index(gap.argmax().cpu(), gap.shape))
+    return _entry(name, index, one[index], other[index])
+
+
+def _of_another_kind(name: str, found: str, due: str) -> Difference:
+    return Difference(name, (), torch.nan, torch.nan, instead=(found, due))
+
+
+def _entry(name: str, index: tuple[int, ...], found: Tensor, due: Tensor) -> Difference:
+    instead = told_apart(found.item(), due.item()) if found.is_complex() else None
+    sizes = [float(part.abs() if part.is_complex() else part) for part in (found, due)]
+    return Difference(name, index, sizes[0], sizes[1], instead)
 
 
 def _comparable(tensor: Tensor) -> Tensor:
@@ -89,9 +107,7 @@ def worst(found: Tensors, due: Tensors, *, bitwise: bool = False) -> Iterator[Di
         one, other = found.get(name), due[name]
         if one is None:
             one = torch.zeros_like(other)
-        if one.shape != other.shape:
-            yield Difference(f"{name} of shape {tuple(one.shape)}", (), torch.nan, torch.nan)
-        elif not (same(one, other) if bitwise else close(one, other)):
+        if not (same(one, other) if bitwise else close(one, other)):
             yield difference(name, one, other)
 
 

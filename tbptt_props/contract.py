@@ -47,6 +47,11 @@ class Contract:
                 f"clip_norm={self.clip_norm} and clip_value={self.clip_value}"
             )
 
+    @property
+    def clips(self) -> bool:
+        """Whether gradients are promised to be clipped."""
+        return self.clip_norm is not None or self.clip_value is not None
+
     def plan(self, case: Case, steps: int) -> tuple[tuple[int, int], ...]:
         """Return (start, stop) of each chunk due for a sequence of T = `steps` time steps."""
         chunk = self.chunk or case.chunk

@@ -1,4 +1,4 @@
-"""Three black-box laws that are complete: what obeys them on all inputs *is* truncated BPTT.
+"""Three black-box laws: what obeys them on all inputs, and makes each chunk's update, is TBPTT.
 
 One chunk is one ordinary update. A run is the run of its second part, from what its first part
 left. A batch knows nothing of the one before but parameters, buffers and the optimizer's memory.
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from tbptt_props.case import Case
-from tbptt_props.compare import is_clipped, same
+from tbptt_props.compare import clipped, is_clipped, same, same_leaves
+from tbptt_props.contract import Contract
 from tbptt_props.process import randomness, set_randomness
 from tbptt_props.rederivation import apply_rule, rederive
 from tbptt_props.state import leaves, map_tensors, same_layout
@@ -76,20 +77,22 @@ class Bookmarks:
         """Leave the checkpoints while `watch` is on."""
         watch.before_call = self._before_call
         watch.before_batch = self._before_batch
+        watch.keeps_first = len(self.plan) == 1 and len(self.plan[0]) == 1
 
     def _before_call(self, watch: Watch, places: Tensor | None, arguments: Arguments) -> None:
         if self.boundary or self.where is None or watch.batch != self.where[0] or watch.open:
             return
         if places is None or not places.numel() or int(places[..., 1].min()) != self.where[1]:
             return
-        self.boundary = _checkpoint(watch, self.where[1], arguments)
+        state = _left(watch, places, arguments.state)
+        self.boundary = _checkpoint(watch, self.where[1], state, arguments.has_state)
 
     def _before_batch(self, watch: Watch) -> None:
         if 0 < watch.batch == len(self.plan) - 1:
-            self.reset = _checkpoint(watch, 0, None)
+            self.reset = _checkpoint(watch, 0)
 
 
-def _checkpoint(watch: Watch, start: int, arguments: Arguments | None) -> Checkpoint:
+def _checkpoint(watch: Watch, start: int, state: Any = None, handed: bool = False) -> Checkpoint:
     parameters = dict(watch.module.named_parameters())
     return Checkpoint(
         batch=watch.batch,
@@ -105,9 +108,23 @@ def _checkpoint(watch: Watch, start: int, arguments: Arguments | None) -> Checkp
         schedules=tuple(copy.deepcopy(s.state_dict()) for s in watch.training.schedulers),
         randomness=randomness(),
         updates=watch.training.updates() if watch.training.updates else 0,
-        state=map_tensors(same_layout, arguments.state) if arguments else None,
-        handed=arguments is not None and arguments.has_state,
+        state=map_tensors(same_layout, state),
+        handed=handed,
     )
+
+
+def _left(watch: Watch, places: Tensor, handed: Any) -> Any:
+    """Return the state that the first part of a run left: the one that is handed on, if it may be.
+
+    Where it is another one, what the first part's forward returned is due in its place.
+    """
+    found = leaves(handed)
+    ended = watch.ended_in(places)
+    if any(same_leaves(found, leaves(state)) for state in ended):
+        return handed
+    due = leaves(ended[-1]) if ended else {}
+    alike = [leaf.shape for leaf in found.values()] == [leaf.shape for leaf in due.values()]
+    return ended[-1] if due and (alike or not found) else handed
 
 
 def _shared(known: Tensor | None, parameter: Tensor) -> Tensor:
@@ -319,13 +336,15 @@ def one_chunk(
     rules = watch.initial_rules or list(chunk.outcome.rules)
     if not rules:
         return Rerun(where, missing="the optimizers are not known")
-    if any(is_clipped(chunk.outcome.gradients, rule.handed) for rule in chunk.outcome.rules):
+    contract = watch.subject.contract
+    clips = any(is_clipped(chunk.outcome.gradients, rule.handed) for rule in chunk.outcome.rules)
+    if clips and not contract.clips:
         return Rerun(where, missing="gradients are clipped, and the contract does not say how")
     due = rederive(fresh(), _of_whole(batches[0], chunk), slope=False)
     if due.missing:
         return Rerun(where, missing=due.missing)
     try:
-        second = _ordinary(chunk, due.gradients, due.state, rules)
+        second = _ordinary(chunk, due.gradients, due.state, rules, contract)
     except Exception as error:  # whatever a stranger's optimizer raises out of its place
         return Rerun(where, missing=f"one update could not be made ({error})")
     # Of an optimizer that is not known from outside, no memory is known at the end either.
@@ -344,7 +363,9 @@ def _of_whole(batch: tuple[Tensor, Tensor], chunk: Chunk) -> Chunk:
     return replace(chunk, given=given, outcome=replace(outcome, cotangents=(), rules=()))
 
 
-def _ordinary(chunk: Chunk, gradients: Tensors, state: Any, rules: Sequence[Rule]) -> Ending:
+def _ordinary(
+    chunk: Chunk, gradients: Tensors, state: Any, rules: Sequence[Rule], contract: Contract
+) -> Ending:
     assert chunk.given is not None
     # Not judged: parameters that no optimizer owns, and those that a learned initial state comes
     # from, for their gradient takes a way that is the loop's own.
@@ -354,7 +375,10 @@ def _ordinary(chunk: Chunk, gradients: Tensors, state: Any, rules: Sequence[Rule
     names = {id(parameter): name for name, parameter in copies.items()}
     memory: dict[str, Tensor] = {}
     for i, rule in enumerate(rules):
-        optimizer = apply_rule(rule, copies, gradients)
+        members = {name for group in rule.groups for name in group["params"]}
+        own = {name: g for name, g in gradients.items() if name in members}
+        handed = clipped(own, norm=contract.clip_norm, value=contract.clip_value)
+        optimizer = apply_rule(rule, copies, handed)
         for parameter, remembered in optimizer.state.items():
             name = names.get(id(parameter), "")
             if name in judged:

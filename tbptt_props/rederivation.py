@@ -214,7 +214,7 @@ def _in_two(
         return None
     _load_values(subject.module, given)
     call_forward = resolve(subject.module, subject.forward)
-    part = 1 if steps < 4 else 2  # two time steps, for a forward that treats a single one apart
+    part = 1 if steps < 3 else 2  # two time steps, for a forward that treats a single one apart
     early, late = torch.split(first.x, [part, steps - part], dim=time)
     before, midway = _repeat(call_forward, replace(first, x=early), value_of(first.state))
     # A forward that looks ahead within the chunk, or takes its statistics as batch norm does, and
@@ -280,14 +280,20 @@ def _as_trained(
         pieces = list(target.unbind(1))
         whole = torch.stack(list(predictions), dim=1)
     else:
-        lengths = [p.shape[1] for p in predictions]
-        pieces = list(torch.split(target, lengths, dim=1))
-        whole = torch.cat(list(predictions), dim=1)
+        time = _time_of(predictions, target)
+        pieces = list(torch.split(target, [p.shape[time] for p in predictions], dim=time))
+        whole = torch.cat(list(predictions), dim=time)
     if form == "whole":
         return subject.loss(whole, target)
     loss = subject.loss
     losses = torch.stack([loss(p, y) for p, y in zip(predictions, pieces, strict=True)])
     return losses.mean() if form == "mean" else losses.sum()
+
+
+def _time_of(predictions: Sequence[Tensor], target: Tensor) -> int:
+    """Return along which dimension the predictions of several calls make up the target's steps."""
+    first = target.shape[0] == sum(p.shape[0] for p in predictions)
+    return 0 if first and all(p.shape[1] == target.shape[1] for p in predictions) else 1
 
 
 def _pulled_back(
@@ -329,9 +335,21 @@ def _slopes(
         return wide, told, ""
     # A kink within the nudge (relu, clamp) shows as two nudges that disagree with each other.
     narrow = _differenced(subject, given, again.form, NUDGE / 4)
-    if not near_slope(wide, narrow):
+    if not near_slope(wide, narrow) or _kinked(subject, given, again):
         return None, None, "the loss has a kink close by"
     return wide, told, ""
+
+
+def _kinked(subject: Subject, given: Given, again: _Again) -> bool:
+    """Tell whether the slopes to both sides differ, and no less the closer they are taken."""
+    wide, narrow = (_bend(subject, given, again, nudge) for nudge in (NUDGE, NUDGE / 4))
+    return abs(narrow) > max(1e-6, 0.5 * abs(wide))
+
+
+def _bend(subject: Subject, given: Given, again: _Again, nudge: float) -> float:
+    """Return by how much the slope to the right is larger than the one to the left."""
+    left, here, right = _losses(subject, given, again.form, (-nudge, 0.0, nudge))
+    return (right - 2 * here + left) / nudge
 
 
 def _directed(
@@ -344,20 +362,26 @@ def _directed(
         yield name, parameter, along.to(parameter)
 
 
-@torch.no_grad()
 def _differenced(subject: Subject, given: Given, form: Form, nudge: float) -> float:
+    left, right = _losses(subject, given, form, (-nudge, nudge))
+    return (right - left) / (2 * nudge)
+
+
+@torch.no_grad()
+def _losses(subject: Subject, given: Given, form: Form, nudges: Sequence[float]) -> list[float]:
+    """Return the loss with all parameters moved so far along the direction."""
     losses = []
     trainable = _trainable(subject)
-    for sign in (1, -1):
+    for nudge in nudges:
         for name, parameter, along in _directed(trainable):
-            parameter.copy_(given.parameters[name]).add_(along, alpha=sign * nudge)
+            parameter.copy_(given.parameters[name]).add_(along, alpha=nudge)
         _load_values(subject.module, given)
         predictions, _ = _forward(subject, given, value_of(given.calls[0].state))
         assert given.target is not None
         losses.append(float(_as_trained(subject, given.target, predictions, form)))
     for name, parameter in trainable.items():
         parameter.copy_(given.parameters[name])
-    return (losses[0] - losses[1]) / (2 * nudge)
+    return losses
 
 
 def _custom_function(nodes: set[Any]) -> str:

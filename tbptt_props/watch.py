@@ -189,6 +189,7 @@ class Watch:
         self.before_batch: Callable[[Watch], None] | None = None
         self.training = Training()
         self.initial_rules: list[Rule] = []
+        self.keeps_first = False
         self.first: Chunk | None = None  # kept with its tensors, for a run of one chunk
         self.watchdog = Watchdog(subject.patience)
 
@@ -237,6 +238,13 @@ class Watch:
         if self.open:
             return f"batch {self.batch}, after a forward"
         return f"batch {self.batch}" if self.batch >= 0 else "the start"
+
+    def ended_in(self, places: Tensor) -> list[Any]:
+        """Return the states that the chunk before ended in, if its rows are those at `places`."""
+        chunk = self.current
+        if chunk is None or _lanes(_joined(chunk.calls)) != _lanes(places):
+            return []
+        return chunk.states
 
     # What is wrapped ------------------------------------------------------------------------
 
@@ -743,7 +751,8 @@ class Watch:
         self.horizon = max(self.horizon, last.closed)
         canaries = [canary for call in live.calls for canary in call.canaries]
         self.graphs.append((str(chunk), canaries))
-        self.first = None if self.closed else chunk
+        if self.keeps_first and not self.closed:
+            self.first = chunk
         self.closed.append(chunk.slim())
         self.watched += 1
         del live

@@ -356,7 +356,6 @@ def test_a_loop_over_time_steps_has_the_gradients_of_all_its_steps() -> None:
         assert_close(found.gradients, dict(zip(names, scaled, strict=True)))
 
 
-@pytest.mark.xfail(reason="targets are always split along the second dimension", strict=True)
 def test_a_loop_over_time_steps_may_have_time_first() -> None:
     """As torch's recurrent layers have it by default, called with x[t : t + 1]."""
     module = model()
@@ -791,7 +790,6 @@ def test_a_kink_within_reach_of_the_nudge_leaves_the_slope_unclear(w: float) -> 
     assert found.slope_unclear == "the loss has a kink close by"
 
 
-@pytest.mark.xfail(reason="two nudges across the kink agree, and on neither side", strict=True)
 def test_a_kink_right_where_the_parameters_are_leaves_the_slope_unclear() -> None:
     """As it is for relu behind a layer that is initialised with zeros."""
     found = due(Kinked(1.0), chunk(Kinked(1.0), SQUARE), l1_loss)
@@ -1076,9 +1074,7 @@ def test_a_state_that_sums_up_the_chunk_is_the_same_in_two_parts(
     "steps",
     [
         2,
-        pytest.param(
-            3, marks=pytest.mark.xfail(reason="3 are run as 1 and 2, not as 2 and 1", strict=True)
-        ),
+        3,
         4,
         7,
     ],
