@@ -16,9 +16,12 @@ if TYPE_CHECKING:
 class Case:
     """One problem: `batches` batches of B = `batch` sequences, T = `steps` cut every K = `chunk`.
 
-    Only integers, so the repr is the reproduction. An odd seed makes each batch one sequence
-    smaller than the one before it, and a seed whose bit 1 is set (2, 3, 6, 7, ...) makes each batch
-    one time step shorter, down to one; seed 0 makes all batches alike.
+    Only integers, so the repr is the reproduction. It leaves out sizes that are the default, all
+    but `steps` and `chunk`.
+
+    An odd seed makes each batch one sequence smaller than the one before it, and a seed whose bit 1
+    is set (2, 3, 6, 7, ...) makes each batch one time step shorter, down to one; seed 0 makes all
+    batches alike.
 
     Raises:
         ValueError: a size is below 1, the seed is below 0, or either is not an integer.
@@ -37,6 +40,15 @@ class Case:
         """Refuse sizes that no problem has."""
         for name in SIZES:
             require_size(name, getattr(self, name))
+
+    def __repr__(self) -> str:
+        """Write the call that makes this case, without the sizes that make no difference to it."""
+        told = [
+            f"{size.name}={value}"
+            for size in fields(self)
+            if (value := getattr(self, size.name)) != size.default or size.name in CUT
+        ]
+        return f"{type(self).__name__}({', '.join(told)})"
 
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """Return (B, T) of each batch, in the order they are trained on."""
@@ -62,6 +74,7 @@ class Case:
 
 
 SIZES = tuple(field.name for field in fields(Case))
+CUT = ("steps", "chunk")  # how a sequence is cut is what a case is about: told in every repr
 
 
 def require_size(name: str, value: object) -> None:

@@ -91,9 +91,10 @@ def _of_another_kind(name: str, found: str, due: str) -> Difference:
 
 
 def _entry(name: str, index: tuple[int, ...], found: Tensor, due: Tensor) -> Difference:
-    instead = told_apart(found.item(), due.item()) if found.is_complex() else None
-    sizes = [float(part.abs() if part.is_complex() else part) for part in (found, due)]
-    return Difference(name, index, sizes[0], sizes[1], instead)
+    if not (found.is_complex() or due.is_complex()):
+        return Difference(name, index, float(found), float(due))
+    told = told_apart(found.item(), due.item())
+    return Difference(name, index, float(found.abs()), float(due.abs()), instead=told)
 
 
 def _comparable(tensor: Tensor) -> Tensor:

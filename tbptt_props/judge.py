@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -10,18 +11,20 @@ from typing import Any
 
 import torch
 from hypothesis import HealthCheck, Phase, find, given, seed, settings
-from hypothesis.errors import NoSuchExample
+from hypothesis.errors import NoSuchExample, Unsatisfiable, UnsatisfiedAssumption
 
 from tbptt_props.case import SIZES, Case
-from tbptt_props.observation import Fresh, batches_of, observing, run
+from tbptt_props.observation import Fresh, batches_of, made_ready, observing, run
 from tbptt_props.properties import OF_LINKS, OF_RUNS, PROPERTIES, LinkProperty, RunProperty
 from tbptt_props.rederivation import rederive
 from tbptt_props.report import Report, Verdict
 from tbptt_props.strategies import cases
-from tbptt_props.subject import NeverCalledError, ObservationError, Subject
+from tbptt_props.subject import NeverCalledError, ObservationError, Subject, require, shortened
 from tbptt_props.trace import Chunk, Finding, Link, NotJudged, Violation
 
 Property = RunProperty | LinkProperty
+
+TRIES = 50  # trainings to make a case smaller by hand, beyond Hypothesis' own
 
 
 def check(subject: Subject, case: Case, *, properties: Sequence[Property] = PROPERTIES) -> Report:
@@ -29,7 +32,10 @@ def check(subject: Subject, case: Case, *, properties: Sequence[Property] = PROP
 
     Raises:
         ObservationError: the subject cannot be described; the message says what is needed.
+        TypeError: `subject` is no Subject, `case` no Case, or the batches are no list.
+        ValueError: the batches are empty, of an impossible shape, or not finite.
     """
+    require(subject, case)
     return judge(subject.copied, case, properties, name=type(subject.module).__name__)
 
 
@@ -68,8 +74,7 @@ def _judge(
     of_runs = [p for p in OF_RUNS if p in properties]
     judged = {p.__name__: _Findings() for p in properties}
     with observing(case, dtype):
-        twin = fresh()
-        twin.module.to(dtype)
+        twin = made_ready(fresh)
         before: list[Chunk] = []
         numbers = count()
         plans = [twin.contract.plan(case, x.shape[1]) for x, _ in batches_of(twin, case)]
@@ -82,8 +87,10 @@ def _judge(
                 plans[chunk.batch],
                 twin.contract,
             )
+            unclear = _not_finite(link)
             for p in of_links:
-                judged[p.__name__].add(p(link))
+                findings = judged[p.__name__]
+                findings.set_aside(unclear) if unclear else findings.add(p(link))
             before[:] = [chunk.light()]
 
         trace = run(fresh, case, judge_link)
@@ -99,7 +106,18 @@ def _looked_at(number: int) -> bool:
     Two forwards each would cost long runs half as much again; what forward detaches, it detaches
     in one chunk as in the next.
     """
-    return number < 8 or number & (number - 1) == 0
+    return number & (number - 1) == 0
+
+
+def _not_finite(link: Link) -> str:
+    """Say where a loss is due that is infinite or no number: such are alike, whatever they mean.
+
+    What was found may be so by the loop's own doing, which is to be judged.
+    """
+    due = link.expected.loss
+    if due is None or math.isfinite(due):
+        return ""
+    return f"finite numbers: the loss due of {link.chunk} is {due}"
 
 
 class _Findings:
@@ -115,6 +133,10 @@ class _Findings:
         self.violations += [finding for finding in found if isinstance(finding, Violation)]
         self.missing += [finding.missing for finding in found if isinstance(finding, NotJudged)]
         self.clean += not found
+
+    def set_aside(self, missing: str) -> None:
+        """Note why a link was not even looked at, which says more than what else is missing."""
+        self.missing.insert(0, missing)
 
     def verdict(self, judged: Property, case: Case) -> Verdict:
         return Verdict(
@@ -153,10 +175,13 @@ def verify(
         fixed: sizes of a case that the subject can't vary, by name.
 
     Raises:
-        ObservationError: a subject cannot be described, or `build` hands out a module twice.
-        TypeError: `build` does not return a subject.
+        ObservationError: a subject cannot be described, or `build` hands out a module twice, or
+            assumes every case away.
+        TypeError: `build` can't be called, or does not return a subject.
         ValueError: `max_examples` is below 1, or a size has no such name or value.
     """
+    if not callable(build):
+        raise TypeError(f"build must be callable, got build={shortened(build)}")
     if max_examples < 1:
         raise ValueError(f"max_examples must be at least 1, got max_examples={max_examples}")
     bench = Bench(build, properties)
@@ -194,7 +219,7 @@ class Bench:
         """Build a subject, and make sure that it shares nothing with the one before."""
         try:
             subject = self.build(case)
-        except ObservationError:
+        except (ObservationError, UnsatisfiedAssumption):
             raise
         except Exception as error:
             raise ObservationError(
@@ -229,12 +254,17 @@ class Bench:
         @given(strategy)
         def search(case: Case) -> None:
             nonlocal count
-            count += 1
             report = self.judge(case)
+            count += 1
             if on_case:
                 on_case(count, report)
 
-        search()
+        try:
+            search()
+        except Unsatisfiable as error:
+            raise ObservationError(
+                f"{self.name} assumed every case away: assume less, or fix sizes by name"
+            ) from error
         return count
 
     def summed(self) -> Report:
@@ -256,7 +286,10 @@ class Bench:
         """Shrink the case that breaks a property, but for the sizes that are fixed."""
 
         def breaks(case: Case) -> bool:
-            return bool(self.judge(case)[verdict.name].violations)
+            try:
+                return bool(self.judge(case)[verdict.name].violations)
+            except UnsatisfiedAssumption:
+                return False
 
         try:
             smallest = find(
@@ -269,10 +302,27 @@ class Bench:
         except NoSuchExample:  # the search draws otherwise than the one that found it
             smallest = verdict.case or Case()
         best = min((smallest, verdict.case or smallest), key=_measure)
-        for size in (name for name in SIZES if name not in fixed):
-            least = replace(best, **{size: 0 if size == "seed" else 1})
-            best = least if least != best and breaks(least) else best
+        best = self._smaller(best, breaks, [name for name in SIZES if name not in fixed])
         return replace(self.judge(best)[verdict.name], judged=verdict.judged)
+
+    def _smaller(self, best: Case, breaks: Callable[[Case], bool], sizes: Sequence[str]) -> Case:
+        """Make one size after the other smaller, as long as the case breaks all the same."""
+        most = len(self.reports) + TRIES
+        while True:
+            tried = (less for size in sizes for less in _lessened(best, size))
+            tried = (less for less in tried if less in self.reports or len(self.reports) < most)
+            smaller = next(filter(breaks, tried), None)
+            if smaller is None:
+                return best
+            best = smaller
+
+
+def _lessened(case: Case, size: str) -> Iterator[Case]:
+    """Yield `case` with one size at its least, halved, and less by one."""
+    value, least = getattr(case, size), 0 if size == "seed" else 1
+    for less in sorted({least, (value + least) // 2, value - 1}):
+        if least <= less < value:
+            yield replace(case, **{size: less})
 
 
 def _named(build: Build) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tbptt_props.case import Case
 from tbptt_props.compare import clipped, is_clipped, same, same_leaves
 from tbptt_props.contract import Contract
-from tbptt_props.process import randomness, set_randomness
+from tbptt_props.process import Watchdog, randomness, set_randomness
 from tbptt_props.rederivation import apply_rule, rederive
 from tbptt_props.state import leaves, map_tensors, same_layout
 from tbptt_props.subject import Batches, Subject
@@ -143,7 +143,7 @@ def _numbers_and_text(module: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def ending(module: nn.Module, training: Training, state: Any) -> Ending:
-    """Write down what a run left."""
+    """Write down what a run left, without a copy: nobody trains on."""
     names = {id(p): name for name, p in module.named_parameters()}
     memory: dict[str, Tensor] = {}
     for i, optimizer in enumerate(training.optimizers):
@@ -151,15 +151,15 @@ def ending(module: nn.Module, training: Training, state: Any) -> Ending:
             prefix = f"{type(optimizer).__name__}[{i}].{names.get(id(parameter), '?')}"
             memory.update(leaves(remembered, prefix))
     return Ending(
-        parameters=_copied(dict(module.named_parameters())),
-        buffers=_copied(dict(module.named_buffers())),
-        memory=_copied(memory),
-        state=_copied(leaves(state)),
+        parameters=_detached(dict(module.named_parameters())),
+        buffers=_detached(dict(module.named_buffers())),
+        memory=_detached(memory),
+        state=_detached(leaves(state)),
     )
 
 
-def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+def _detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 # A run against the run of its second part -----------------------------------------------------
@@ -218,9 +218,9 @@ def _cut(batches: Batches, left: Checkpoint) -> list[tuple[Tensor, Tensor]]:
 def _gone_on(
     subject: Subject, batches: Batches, left: Checkpoint, first: Ending, where: str
 ) -> Rerun:
-    going_on = _GoingOn(subject, left)
+    going_on = _GoingOn(subject, left, longest=max(x.shape[1] for x, _ in batches))
     with going_on.wrapped():
-        error = train(subject, batches, going_on, skip=left.batch)
+        error = going_on.watchdog.over(lambda: train(subject, batches, going_on, skip=left.batch))
     if error is not None:
         return Rerun(where, problem=f"the fresh run raised {type(error).__name__}: {error}")
     return Rerun(where, first, ending(subject.module, going_on.training, going_on.state))
@@ -240,7 +240,7 @@ def _alike(rerun: Rerun) -> bool:
 class _GoingOn:
     """Starts a fresh run from a checkpoint."""
 
-    def __init__(self, subject: Subject, left: Checkpoint) -> None:
+    def __init__(self, subject: Subject, left: Checkpoint, *, longest: int) -> None:
         self.subject = subject
         self.module = subject.module
         self.left = left
@@ -248,11 +248,14 @@ class _GoingOn:
         self.loaded = False
         self.entered: dict[str, Tensor] | None = None
         self.state: Any = None
+        self.watchdog = Watchdog(subject.patience, longest=longest)
 
     def training_begun(self, training: Training) -> None:
         self.training = training
 
     def batch_started(self, index: int, batch: Any) -> None:
+        self.watchdog.turned()
+        self.state = None
         if not self.loaded:
             self.loaded = True
             self._load()
@@ -304,6 +307,7 @@ class _GoingOn:
             if not torch.is_grad_enabled() or not self.module.training:
                 return original(*args, **kwargs)
             arguments = Arguments.of(original, args, kwargs)
+            self.watchdog.called(arguments.x)
             if self._starts(arguments):
                 state = map_tensors(same_layout, self.left.state)
                 args, kwargs = arguments.replaced(state)
@@ -385,4 +389,4 @@ def _ordinary(
                 prefix = f"{type(rule.optimizer).__name__}[{i}].{name}"
                 memory.update(leaves(remembered, prefix))
     parameters = {name: p for name, p in copies.items() if name in judged}
-    return Ending(_copied(parameters), {}, memory, _copied(leaves(state)))
+    return Ending(_detached(parameters), {}, memory, _detached(leaves(state)))

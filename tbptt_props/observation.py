@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import sysconfig
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +16,15 @@ import torch
 from tbptt_props import laws
 from tbptt_props.case import Case
 from tbptt_props.process import Hung, undisturbed
-from tbptt_props.subject import Batches, NeverCalledError, ObservationError, Subject
-from tbptt_props.trace import Chunk, Halt, Span, Trace
+from tbptt_props.subject import (
+    Batches,
+    NeverCalledError,
+    ObservationError,
+    Subject,
+    held_to_be_one,
+    require,
+)
+from tbptt_props.trace import Chunk, Halt, Rerun, Span, Trace
 from tbptt_props.train import train
 from tbptt_props.watch import Watch
 
@@ -30,8 +39,10 @@ def observe(subject: Subject, case: Case) -> Trace:
 
     Raises:
         ObservationError: the run cannot be described; the message says what is needed.
+        TypeError: `subject` is no Subject, `case` no Case, or the batches are no list.
         ValueError: the batches are empty, of an impossible shape, or not finite.
     """
+    require(subject, case)
     chunks: list[Chunk] = []
     with observing(case):
         trace = run(subject.copied, case, chunks.append)
@@ -49,24 +60,31 @@ def run(fresh: Fresh, case: Case, hand_on: Callable[[Chunk], None]) -> Trace:
     """Train a fresh subject, hand on each chunk as it ends, and run the laws' second runs."""
 
     def anew() -> Subject:
-        subject = fresh()
-        subject.module.to(torch.get_default_dtype())
-        return subject
+        return made_ready(fresh)
+
+    diverged: list[str] = []
+
+    def looked_at(chunk: Chunk) -> None:
+        diverged.extend(_not_finite(chunk))
+        hand_on(chunk)
 
     subject = anew()
     batches = batches_of(subject, case)
     plan = tuple(subject.contract.plan(case, x.shape[1]) for x, _ in batches)
     marks = laws.Bookmarks(plan, case)
-    watch = Watch(subject, batches, hand_on)
+    watch = Watch(subject, batches, looked_at)
     marks.watch(watch)
     with watch.on():
-        error = train(subject, [(x.clone(), y.clone()) for x, y in batches], watch)
+        copies = [(x.clone(), y.clone()) for x, y in batches]
+        error = watch.watchdog.over(lambda: train(subject, copies, watch))
         halt = _halt(error, watch)
         error = None  # its traceback holds the loop's frames, and with them its graphs
         watch.finished()
     if watch.problem is not None:
         raise watch.problem
     if not watch.closed:
+        if halt is None:
+            _refuse_automatic(subject)
         _refuse_unseen(subject, watch, lenient=halt is not None or _small(case, plan))
     trace = Trace(
         sizes=tuple((x.shape[0], x.shape[1]) for x, _ in batches),
@@ -78,13 +96,35 @@ def run(fresh: Fresh, case: Case, hand_on: Callable[[Chunk], None]) -> Trace:
         updates=watch.updates,
         counted=watch.lightning_updates() if watch.lightning_updates else None,
         changed=tuple(watch.changed),
+        diverged=next(iter(diverged), ""),
     )
     return trace if halt else _with_reruns(trace, anew, batches, marks, watch)
+
+
+def made_ready(fresh: Fresh) -> Subject:
+    """Make the subject anew, in the dtype of the run, with a loss that answers for itself."""
+    subject = fresh()
+    subject.module.to(torch.get_default_dtype())
+    loss = subject.loss
+    return subject if loss is None else replace(subject, loss=held_to_be_one(loss))
+
+
+def _not_finite(chunk: Chunk) -> Iterator[str]:
+    """Say what of a chunk's numbers is infinite, or no number."""
+    assert chunk.outcome is not None
+    if not math.isfinite(chunk.outcome.loss):
+        yield f"finite numbers: the loss of {chunk} is {chunk.outcome.loss}"
+    for name, gradient in chunk.outcome.gradients.items():
+        if not bool(gradient.isfinite().all()):
+            yield f"finite numbers: the gradient of {name} in {chunk} is not finite"
 
 
 def _with_reruns(
     trace: Trace, fresh: Fresh, batches: Batches, marks: laws.Bookmarks, watch: Watch
 ) -> Trace:
+    if trace.diverged:
+        unequal = Rerun("", missing=trace.diverged)  # infinities are equal whatever they come from
+        return replace(trace, one_chunk=unequal, resumed=unequal, alone=unequal)
     first = laws.ending(watch.module, watch.training, watch.last_state)
     return replace(
         trace,
@@ -98,19 +138,23 @@ def batches_of(subject: Subject, case: Case) -> Batches:
     """Return the batches of `case` in the dtype of the run, after making sure they are usable.
 
     Raises:
-        ValueError: there are none, one is empty, its parts do not go together, or not finite.
+        TypeError: they are no list.
+        ValueError: there are none, one is no pair of tensors, or empty, its parts do not go
+            together, or not finite.
     """
-    made = case.tensors() if subject.batches is None else subject.batches(case)
-    batches = [tuple(batch) for batch in made]
+    made: Any = case.tensors() if subject.batches is None else subject.batches(case)
+    if not isinstance(made, Iterable):
+        raise TypeError(f"batches must return a list of pairs of tensors, got {_kind(made)}")
+    batches = list(made)
     if not batches:
         raise ValueError("batches must hold at least one batch, got none")
     return [_usable(i, batch) for i, batch in enumerate(batches)]
 
 
-def _usable(index: int, batch: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    name, count = f"batches[{index}]", len(batch)
-    if len(batch) != 2 or not all(isinstance(part, torch.Tensor) for part in batch):
-        raise ValueError(f"{name} must be a pair of tensors (inputs, targets), got {count} parts")
+def _usable(index: int, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    name = f"batches[{index}]"
+    if not _is_pair(batch):
+        raise ValueError(f"{name} must be a pair of tensors (inputs, targets), got {_parts(batch)}")
     x, y = batch
     if x.dim() < 2 or y.dim() < 2 or x.shape[:2] != y.shape[:2]:
         raise ValueError(
@@ -126,22 +170,44 @@ def _usable(index: int, batch: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Ten
     return tuple(t.to(floating) if t.is_floating_point() else t for t in (x, y))
 
 
+def _is_pair(batch: Any) -> bool:
+    listed = isinstance(batch, (tuple, list)) and len(batch) == 2
+    return listed and all(isinstance(part, torch.Tensor) for part in batch)
+
+
+def _parts(batch: Any) -> str:
+    """Say what a batch is that is no pair of tensors."""
+    if not isinstance(batch, (tuple, list)):
+        return _kind(batch)
+    return " and ".join(map(_kind, batch)) if len(batch) == 2 else f"{len(batch)} parts"
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
 def _small(case: Case, plan: Sequence[Sequence[Span]]) -> bool:
     """Tell whether a loop may have found nothing to train on, which is a finding.
 
     It may drop all but whole chunks, or shift its targets inside a chunk of one time step.
     """
-    return case.chunk == 1 or all(len(chunks) == 1 for chunks in plan)
+    return case.chunk == 1 or all(len(chunks) <= 1 for chunks in plan)
+
+
+def _refuse_automatic(subject: Subject) -> None:
+    """Refuse a module whose updates Lightning makes, when the loop is done with the batch."""
+    automatic = getattr(subject.module, "automatic_optimization", False)
+    if automatic and subject.train is None:
+        raise ObservationError(
+            f"{type(subject.module).__name__} trains by automatic optimization, one update a "
+            "batch: set self.automatic_optimization = False and make one update per chunk in "
+            "training_step"
+        )
 
 
 def _refuse_unseen(subject: Subject, watch: Watch, *, lenient: bool) -> None:
     """Refuse a run in which there was nothing to describe."""
     kind = type(subject.module).__name__
-    if getattr(subject.module, "automatic_optimization", False) and not lenient:
-        raise ObservationError(
-            f"{kind} trains by automatic optimization, one update a batch: set "
-            "self.automatic_optimization = False and make one update per chunk in training_step"
-        )
     instead = watch.layer if watch.layer_calls else None
     if not watch.calls_ever and (instead or not lenient):
         raise NeverCalledError(
@@ -160,10 +226,8 @@ def _halt(error: BaseException | None, watch: Watch) -> Halt | None:
     if error is None or watch.problem is not None:
         return None
     text = f"{type(error).__name__}: {_first_sentence(str(error))}".strip(": ")
-    if isinstance(error, Hung) and not str(error):
-        text = (
-            f"nothing happened for {watch.subject.patience:g} s: the loop does not come to an end"
-        )
+    if isinstance(error, Hung) and watch.watchdog.barked:
+        text = str(error)
     return Halt(error=text, after=watch.now(), line=_line(error))
 
 
@@ -175,14 +239,22 @@ def _first_sentence(text: str) -> str:
 
 def _line(error: BaseException) -> str:
     """Name the user's own line in which the error came up: neither a library's nor ours."""
-    ours = Path(__file__).parent
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if "site-packages" not in frame.filename and not Path(frame.filename).is_relative_to(ours)
-    ]
+    tb = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in tb if _is_the_users(frame.filename)]
     if not frames:
         return ""
     path, here = Path(frames[-1].filename), Path.cwd()
     shown = path.relative_to(here) if path.is_relative_to(here) else path
     return f"{shown}:{frames[-1].lineno}   {frames[-1].line}"
+
+
+def _is_the_users(file: str) -> bool:
+    """Tell whether a file is neither of a library, installed or Python's own, nor of ours."""
+    path = Path(file)
+    installed = {"site-packages", "dist-packages"} & set(path.parts)
+    ours = path.is_relative_to(Path(__file__).parent)
+    pythons = any(path.resolve().is_relative_to(library) for library in _PYTHONS)
+    return not (installed or ours or pythons or file.startswith("<frozen "))
+
+
+_PYTHONS = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib")}

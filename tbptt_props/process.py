@@ -9,7 +9,7 @@ import random
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ def undisturbed(*, dtype: torch.dtype, seed: int) -> Iterator[None]:
             torch.enable_grad(),
             warnings.catch_warnings(),
             _quiet_loggers(),
+            _on_the_cpu(),
         ):
             warnings.simplefilter("ignore")
             torch.set_default_dtype(dtype)
@@ -39,6 +40,16 @@ def undisturbed(*, dtype: torch.dtype, seed: int) -> Iterator[None]:
             torch.set_num_threads(before[1])
         set_randomness(before[2])
         torch.autograd.set_detect_anomaly(*before[3])
+
+
+@contextlib.contextmanager
+def _on_the_cpu() -> Iterator[None]:
+    """Make new tensors where subjects are trained, whatever the caller's default device is."""
+    if torch.get_default_device().type == "cpu":  # being told so slows each call of torch down
+        yield
+        return
+    with torch.device("cpu"):
+        yield
 
 
 def anomaly() -> tuple[bool, bool]:
@@ -82,8 +93,11 @@ def _quiet_loggers() -> Iterator[None]:
 _LOGGERS = ("lightning", "lightning.pytorch", "lightning.fabric", "pytorch_lightning")
 
 
-class Hung(RuntimeError):
-    """Training went on without ever coming to an end."""
+EMPTY_CALLS = 4  # zero-length chunks in a row after which a loop is taken not to advance
+
+
+class Hung(BaseException):
+    """Training went on without ever coming to an end; no Exception, for loops swallow those."""
 
 
 class Watchdog:
@@ -93,31 +107,103 @@ class Watchdog:
     asynchronous exception, because a signal would need a handler, which belongs to the caller.
     """
 
-    def __init__(self, patience: float) -> None:
+    def __init__(self, patience: float, *, longest: int = 0) -> None:
+        """Watch for `patience` seconds without an event, on batches of `longest` time steps."""
         self.patience = patience
+        self.longest = longest
         self.thread = threading.get_ident()
         self.last = time.monotonic()
         self.done = threading.Event()
         self.barked = False
+        self.lock = threading.Lock()
+        self.rests = 0
+        self.calls = 0
+        self.empty_calls = 0
 
     def fed(self) -> None:
         """Note that something happened."""
         self.last = time.monotonic()
 
+    def turned(self) -> None:
+        """Note that training turned to a batch."""
+        self.fed()
+        self.calls = 0
+
+    def called(self, x: Any) -> None:
+        """Note a call of forward on `x`.
+
+        Raises:
+            Hung: the calls are of no time step, or too many for one batch.
+        """
+        self.fed()
+        self.calls += 1
+        empty = isinstance(x, torch.Tensor) and x.numel() == 0
+        self.empty_calls = self.empty_calls + 1 if empty else 0
+        if self.empty_calls >= EMPTY_CALLS:
+            raise Hung(
+                f"forward got inputs of shape {tuple(x.shape)} {EMPTY_CALLS} times in a row: "
+                "the loop does not advance"
+            )
+        if self.calls > 100 + 20 * self.longest:
+            raise Hung(
+                f"forward was called {self.calls} times in one batch of at most {self.longest} "
+                "time steps: the loop does not advance"
+            )
+
+    @contextlib.contextmanager
+    def resting(self) -> Iterator[None]:
+        """Count no time within the block: it is the kit's own, not the loop's."""
+        with self.lock:
+            self.rests += 1
+        try:
+            yield
+        finally:
+            self.fed()
+            self.rests -= 1
+
+    def over(self, train: Callable[[], BaseException | None]) -> BaseException | None:
+        """Watch over a training; return what it raised, or that it hung."""
+        try:
+            with self:
+                raised = train()
+        except Hung as hung:  # raised behind the back of whoever trains
+            return self._silence(hung)
+        finally:
+            self.done.set()
+        return self._silence(raised) if self.barked else raised
+
+    def _silence(self, error: BaseException | None) -> Hung:
+        """Say that nothing happened, to whom it was raised and whoever swallowed it."""
+        text = f"nothing happened for {self.patience:g} s: the loop does not come to an end"
+        place = error.__traceback__ if isinstance(error, Hung) else None
+        return Hung(text).with_traceback(place)
+
     def __enter__(self) -> Watchdog:
         """Begin to watch."""
+        self.fed()
         threading.Thread(target=self._watch, daemon=True, name="tbptt-watchdog").start()
         return self
 
     def __exit__(self, *exc: object) -> None:
         """Stop watching."""
-        self.done.set()
+        with self.lock:
+            self.done.set()
 
     def _watch(self) -> None:
         while not self.done.wait(min(1.0, self.patience / 4)):
-            if time.monotonic() - self.last > self.patience:
-                self.barked = True
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                    ctypes.c_ulong(self.thread), ctypes.py_object(Hung)
-                )
-                return
+            with self.lock:
+                if self._silent():
+                    self._bark()
+
+    def _silent(self) -> bool:
+        hungry = time.monotonic() - self.last > self.patience
+        return hungry and not self.rests and not self.done.is_set()
+
+    def _bark(self) -> None:
+        # A bare `except:` may swallow it, so it is not the last one; but what is raised already
+        # has to find its way out before the next.
+        self.last = time.monotonic() + max(0.0, 1.0 - self.patience)
+        self.barked = True
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(
+            ctypes.c_ulong(self.thread), ctypes.py_object(Hung)
+        )

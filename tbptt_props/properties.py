@@ -22,6 +22,7 @@ from tbptt_props.compare import (
     near,
     near_slope,
     same,
+    same_leaves,
     worst,
 )
 from tbptt_props.state import leaves
@@ -39,7 +40,9 @@ from tbptt_props.trace import (
     Tensors,
     Trace,
     Violation,
+    counted,
     spanned,
+    told_apart,
 )
 
 LinkProperty = Callable[[Link], Iterator[Finding]]
@@ -55,6 +58,8 @@ REASONS = {
     "under no_grad, or what it returned detached?",
 }
 
+UNBEGUN = "training that gets as far as its first chunk"
+
 # Of runs ------------------------------------------------------------------------------------
 
 
@@ -65,10 +70,15 @@ def training_reaches_the_end(trace: Trace) -> Iterator[Finding]:
         found = f"raised {trace.halt.error}{f' ({reason})' if reason else ''}"
         at = f" at {trace.halt.line}" if trace.halt.line else ""
         yield Violation(trace.halt.after, found + at, "trained to the end")
+    elif trace.diverged:  # not the loop's doing: a learning rate may be too large for the numbers
+        yield NotJudged(trace.diverged)
 
 
 def chunks_tile_the_sequence(trace: Trace) -> Iterator[Finding]:
     """Every time step of every sequence is trained on once, in chunks of the promised length."""
+    if trace.halt and not trace.chunks:
+        yield NotJudged(UNBEGUN)
+        return
     known = [chunk for chunk in trace.chunks if chunk.span is not None]
     if len(known) < len(trace.chunks):
         yield NotJudged("inputs of forward that are the batch's own, not made from them")
@@ -93,9 +103,12 @@ def no_graph_outlives_its_chunk(trace: Trace) -> Iterator[Finding]:
 
 def the_batch_is_left_as_it_was(trace: Trace) -> Iterator[Finding]:
     """Training changes nothing in the batch it is handed."""
+    if trace.halt and not trace.chunks:
+        yield NotJudged(UNBEGUN)
     for batch, changed in trace.changed:
-        found = f"{changed.entry} = {changed.found:.6g} after training on it"
-        yield Violation(f"batch {batch}", found, f"{changed.due:.6g} as before")
+        found, due = changed.told
+        where = f"batch {batch}, {changed.entry} after training on it"
+        yield Violation(where, found, f"{due} as before")
 
 
 def training_moves_the_parameters(trace: Trace) -> Iterator[Finding]:
@@ -104,7 +117,7 @@ def training_moves_the_parameters(trace: Trace) -> Iterator[Finding]:
     if updates < 2:  # a first update may legitimately have a learning rate of zero
         yield NotJudged("a run of at least two updates")
     elif not any(chunk.moved for chunk in trace.chunks):
-        yield Violation(f"{updates} updates", "moved no parameter", "moving them")
+        yield Violation(counted(updates, "update"), "moved no parameter", "moving them")
 
 
 def updates_go_through_lightnings_optimizer(trace: Trace) -> Iterator[Finding]:
@@ -114,7 +127,7 @@ def updates_go_through_lightnings_optimizer(trace: Trace) -> Iterator[Finding]:
     elif not trace.updates:
         yield NotJudged("an update")
     elif trace.counted != trace.updates:
-        where = f"global_step after {trace.updates} updates"
+        where = f"global_step after {counted(trace.updates, 'update')}"
         yield Violation(where, str(trace.counted), str(trace.updates))
 
 
@@ -143,28 +156,28 @@ def state_crosses_every_boundary(link: Link) -> Iterator[Finding]:
         yield NotJudged("a case of at least two chunks")
         return
     assert before.outcome is not None
-    due: list[Tensors] = [leaves(state) for state in before.outcome.states]
-    if before.lanes and link.chunk.lanes and before.lanes != link.chunk.lanes:
-        due = [
-            moved for state in due for moved in _reordered(state, before.lanes, link.chunk.lanes)
-        ]
-    if not any(due):
+    ended_in = [leaves(state) for state in before.outcome.states]
+    if not any(ended_in):
         yield NotJudged("a forward that returns a state")
+        return
+    due = list(_moved_along(ended_in, before.lanes, link.chunk.lanes))
+    if not any(due):
+        yield NotJudged("chunks of the same sequences, each with a row of its own in the state")
         return
     found = leaves(given.calls[0].state)
     where = f"{link.chunk}, incoming state"
     if not found:
-        yield Violation(where, "none", f"the one {before} ended in")
-    elif not any(_same_leaves(found, alternative) for alternative in due):
-        yield from _state_differences(where, found, due[-1])
-    elif any(not _same_leaves(leaves(state), found) for state in given.repeats):
+        yield Violation(where, "none", f"the one {_beside(link.chunk, before)} ended in")
+    elif not any(same_leaves(found, alternative) for alternative in due):
+        yield from _state_differences(link.chunk, found, due[-1])
+    elif any(not same_leaves(leaves(state), found) for state in given.repeats):
         where = f"{where} of a repeated evaluation"
         yield Violation(
             where, "not the one of the first", "the same, however often it is evaluated"
         )
     elif link.expected.state_matters is False:
         due_use = "what predictions and the next state depend on"
-        yield Violation(where, "handed over but without any effect", due_use)
+        yield Violation(where, "handed over without any effect", due_use)
 
 
 def state_starts_afresh_with_each_batch(link: Link) -> Iterator[Finding]:
@@ -179,7 +192,8 @@ def state_starts_afresh_with_each_batch(link: Link) -> Iterator[Finding]:
     for path, leaf in leaves(given.calls[0].state).items():
         row = _row_in_common(leaf, old, fresh)
         if row is not None:
-            found = f"{float(row[0]):.6g}, a value that {before} ended in"
+            value = f"{float(row[row != 0][0]):.6g}"
+            found = f"{value}, a value that {_beside(link.chunk, before)} ended in"
             yield Violation(f"{link.chunk}, incoming {path}", found, "fresh")
 
 
@@ -203,11 +217,10 @@ def loss_is_the_chunks_own(link: Link) -> Iterator[Finding]:
     if not outcome.complete:
         yield NotJudged("a backward that comes to its end")
     elif due.loss is None:
-        yield NotJudged(
-            due.missing or "a loss" if due.partial else "inputs of forward that are the batch's own"
-        )
+        unknown = "a loss" if due.partial else "inputs of forward that are the batch's own"
+        yield NotJudged(due.missing or unknown)
     elif not near(outcome.loss, due.loss, dtype=_dtype(link)):
-        yield Violation(f"{link.chunk}, loss", f"{outcome.loss:.6g}", f"{due.loss:.6g}")
+        yield Violation(f"{link.chunk}, loss", *told_apart(outcome.loss, due.loss))
     else:
         yield from _cotangent_differences(link)
 
@@ -254,7 +267,8 @@ def gradients_span_the_whole_chunk(link: Link) -> Iterator[Finding]:
         yield NotJudged(due.slope_unclear or due.missing or "a loss that is known")
     elif not near_slope(due.autograd_slope, due.slope):
         where = f"{link.chunk}, slope of the loss by its gradients"
-        yield Violation(where, f"{due.autograd_slope:.6g}", f"{due.slope:.6g} by its values")
+        by_gradients, by_values = told_apart(due.autograd_slope, due.slope)
+        yield Violation(where, by_gradients, f"{by_values} by its values")
 
 
 def state_sums_up_the_chunk(link: Link) -> Iterator[Finding]:
@@ -263,8 +277,9 @@ def state_sums_up_the_chunk(link: Link) -> Iterator[Finding]:
         yield NotJudged("a deterministic forward with a state of fixed size, and two time steps")
         return
     for wrong in link.expected.in_two:
+        in_two, in_one = wrong.told
+        found = f"{in_one} by one call of forward, {in_two} by two"
         where = f"{link.chunk}, {wrong.entry} after it"
-        found = f"{wrong.due:.6g} (but {wrong.found:.6g} if forward runs it in two parts)"
         yield Violation(where, found, "the same however forward is called")
 
 
@@ -321,14 +336,14 @@ def the_update_follows_the_optimizers_rule(link: Link) -> Iterator[Finding]:
     else:
         for rule, parameters in zip(outcome.rules, due.parameters, strict=True):
             for wrong in worst(rule.after, parameters):
-                where = f"{link.chunk}, {wrong.entry} after the update"
-                yield Violation(where, f"{wrong.found:.9g}", f"{wrong.due:.9g}")
+                yield Violation(f"{link.chunk}, {wrong.entry} after the update", *wrong.told)
 
 
 def nothing_but_the_update_moves_parameters(link: Link) -> Iterator[Finding]:
     """Between updates, all parameters stay bit for bit as they are."""
     for between, moved in _outcome(link).moved:
-        found = f"moved {between} from {moved.due:.9g} to {moved.found:.9g}"
+        after, before = moved.told
+        found = f"moved {between} from {before} to {after}"
         yield Violation(f"{link.chunk}, {moved.entry}", found, "moved by the update alone")
 
 
@@ -356,7 +371,7 @@ def each_chunk_draws_its_own_randomness(link: Link) -> Iterator[Finding]:
     one, other = _outcome(link).randomness, link.before.outcome
     if other is not None and one is not None and torch.equal(one, other.randomness):
         where = f"{link.chunk}, random numbers"
-        yield Violation(where, f"those of {link.before} again", "new ones")
+        yield Violation(where, f"those of {_beside(link.chunk, link.before)} again", "new ones")
 
 
 # How chunks tile ----------------------------------------------------------------------------
@@ -373,9 +388,9 @@ def _tiles(
     sequences = trace.sizes[batch][0]
     if len(chunks) != len(due):  # several chunks in one backward: their inputs are known to tile
         return
-    yield from _accounted(f"{prefix}inputs", chunks, due, sequences, lambda c: c.inputs)
+    yield from _accounted("inputs", chunks, due, sequences, lambda c: c.inputs)
     if all(chunk.targets is not None for chunk in chunks):
-        yield from _accounted(f"{prefix}targets", chunks, due, sequences, lambda c: c.targets or ())
+        yield from _accounted("targets", chunks, due, sequences, lambda c: c.targets or ())
 
 
 def _spans(chunk: Chunk, due: Sequence[Span]) -> Sequence[Span | None]:
@@ -397,18 +412,17 @@ def _accounted(
         used = Counter(places(chunk))
         made_up = used.pop((-1, -1), 0)
         if made_up:
-            found = f"{made_up} rows that are not the batch's"
-            yield Violation(f"{what} of {chunk}", found, "the batch's own rows alone")
+            found = f"{counted(made_up, 'row')} from outside the batch"
+            yield Violation(f"{chunk}, {what}", found, "the batch's own rows alone")
             continue
         wanted = {(b, t) for b in range(sequences) for t in range(start, stop)}
         wrong = sorted(p for p in wanted | used.keys() if used[p] != (p in wanted))
         if wrong:
-            sequence, step = wrong[0]
-            times = used[wrong[0]]
+            place = wrong[0]
             yield Violation(
-                f"{what} of {chunk}, sequence {sequence}, time step {step}",
-                f"used {times} {'time' if times == 1 else 'times'}",
-                f"used {int(wrong[0] in wanted)} {'time' if wrong[0] in wanted else 'times'}",
+                f"{chunk}, {what} of sequence {place[0]} at time step {place[1]}",
+                f"used {counted(used[place], 'time')}",
+                f"used {counted(int(place in wanted), 'time')}",
             )
 
 
@@ -440,31 +454,27 @@ def _ends_alike(rerun: Rerun, *, bitwise: bool) -> Iterator[Finding]:
             names = ", ".join(sorted(one.keys() ^ other.keys()))
             yield Violation(rerun.where, f"left {part} in one run only ({names})", "the same")
         for wrong in worst(one, other, bitwise=bitwise):
-            where = f"{rerun.where}, {wrong.entry} at the end"
-            yield Violation(where, f"{wrong.found:.9g}", f"{wrong.due:.9g}")
+            yield Violation(f"{rerun.where}, {wrong.entry} at the end", *wrong.told)
 
 
 # States -------------------------------------------------------------------------------------
 
 
-def _same_leaves(found: Tensors, due: Tensors) -> bool:
-    """Compare leaf by leaf, in order: a pair may travel as a list."""
-    ones, others = list(found.values()), list(due.values())
-    return len(ones) == len(others) and all(map(same, ones, others))
+def _beside(chunk: Chunk, other: Chunk) -> str:
+    """Name `other` where `chunk` was named before: by its batch as well if that is another one."""
+    batch = "" if other.batch == chunk.batch else f"batch {other.batch}, "
+    return f"{batch}time steps {spanned(other.span)}"
 
 
-def _state_differences(where: str, found: Tensors, due: Tensors) -> Iterator[Finding]:
+def _state_differences(chunk: Chunk, found: Tensors, due: Tensors) -> Iterator[Finding]:
     if len(found) != len(due):
-        yield Violation(where, f"{len(found)} tensors", f"the {len(due)} of the chunk before")
+        owed = f"the {len(due)} of the chunk before"
+        yield Violation(f"{chunk}, incoming state", counted(len(found), "tensor"), owed)
         return
     for (path, one), (_, other) in zip(found.items(), due.items(), strict=True):
-        if one.shape != other.shape:
-            yield Violation(f"{where} {path}", f"shape {tuple(one.shape)}", f"{tuple(other.shape)}")
-        elif not same(one, other):
+        if not same(one, other):
             wrong = difference(path, one, other)
-            yield Violation(
-                f"{where[: -len(' state')]} {wrong.entry}", f"{wrong.found:.9g}", f"{wrong.due:.9g}"
-            )
+            yield Violation(f"{chunk}, incoming {wrong.entry}", *wrong.told)
 
 
 def _cut_off(chunk: Chunk) -> Iterator[tuple[str, str]]:
@@ -485,6 +495,17 @@ def _cut_off(chunk: Chunk) -> Iterator[tuple[str, str]]:
                 bool((rows == row).all(dim=1).any()) for row in leaf.reshape(-1, leaf.shape[-1])
             ):
                 yield path, name
+
+
+def _moved_along(
+    states: Sequence[Tensors], lanes: Sequence[int], into: Sequence[int]
+) -> Iterator[Tensors]:
+    """Yield states as they are due where sequences changed places, which take theirs with them."""
+    for state in states:
+        if not lanes or not into or lanes == into:
+            yield state
+        else:
+            yield from _reordered(state, lanes, into)
 
 
 def _reordered(state: Tensors, lanes: Sequence[int], into: Sequence[int]) -> Iterator[Tensors]:
@@ -537,8 +558,7 @@ def _cotangent_differences(link: Link) -> Iterator[Finding]:
     for found, due in zip(outcome.cotangents, link.expected.cotangents, strict=False):
         if due is not None and found is not None and not close(found, due):
             wrong = difference("prediction", found, due)
-            where = f"{link.chunk}, slope of the loss by {wrong.entry}"
-            yield Violation(where, f"{wrong.found:.6g}", f"{wrong.due:.6g}")
+            yield Violation(f"{link.chunk}, slope of the loss by {wrong.entry}", *wrong.told)
 
 
 def _updated(outcome: Outcome) -> frozenset[str]:
@@ -557,7 +577,7 @@ def _gradient_differences(
     if found is None:
         found = torch.zeros_like(due)
     for wrong in worst({name: found}, {name: due}):
-        yield Violation(f"{where}{wrong.entry}", f"{wrong.found:.6g}", f"{wrong.due:.6g}")
+        yield Violation(f"{where}{wrong.entry}", *wrong.told)
 
 
 def _cleared(outcome: Outcome) -> bool:
@@ -583,7 +603,7 @@ def _changed_on_the_way(link: Link) -> Iterator[Finding]:
             found = f"scaled by {factor:.6g}, to norm {norm:.6g} after norm {other_norm:.6g}"
             yield Violation(where, found, "as backward left them, or clipped to one norm")
             return
-    promised = contract.clip_norm is not None or contract.clip_value is not None
+    promised = contract.clips
     for rule in outcome.rules:
         names = {name for group in rule.groups for name in group["params"]}
         left = {name: g for name, g in outcome.gradients.items() if name in names}
@@ -593,7 +613,8 @@ def _changed_on_the_way(link: Link) -> Iterator[Finding]:
         as_due = "clipped as promised" if promised else "as backward left it"
         for wrong in _first(worst(rule.handed, due)):
             where = f"{link.chunk}, gradient of {wrong.entry} at the update"
-            yield Violation(where, f"{wrong.found:.6g}", f"{wrong.due:.6g}, {as_due}")
+            met, left_over = wrong.told
+            yield Violation(where, met, f"{left_over}, {as_due}")
 
 
 def _first(differences: Iterator[Difference]) -> Iterator[Difference]:

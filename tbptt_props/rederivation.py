@@ -21,7 +21,7 @@ from tbptt_props.compare import close, near, near_slope, same, worst
 from tbptt_props.graph import nodes_behind
 from tbptt_props.process import randomness, set_randomness
 from tbptt_props.state import leaves, map_tensors, value_of
-from tbptt_props.subject import Subject, resolve
+from tbptt_props.subject import ObservationError, Subject, resolve
 from tbptt_props.trace import (
     Call,
     Chunk,
@@ -36,6 +36,7 @@ from tbptt_props.trace import (
 
 Form = Literal["whole", "mean", "sum"]  # how a loss is put together from several calls
 
+ROUNDING = 1e-15  # a few of float64's units in the last place
 NUDGE = 1e-5  # central differences in float64: truncation error near NUDGE² = 1e-10
 
 
@@ -43,7 +44,9 @@ def rederive(subject: Subject, chunk: Chunk, *, slope: bool = True) -> Expected:
     """Run one chunk by itself on `subject`'s module, with no past to leak from and no loop.
 
     The module's parameters, buffers and plain attributes are overwritten with what the chunk was
-    given: pass a subject that nobody trains. Without `slope`, two forwards are saved.
+    given, and its parameters with what the update is due to make of them: pass a subject that
+    nobody trains, and use what is returned before the next call. Without `slope`, two forwards
+    are saved.
     """
     given, outcome = chunk.given, chunk.outcome
     if given is None or outcome is None:
@@ -51,6 +54,10 @@ def rederive(subject: Subject, chunk: Chunk, *, slope: bool = True) -> Expected:
     try:
         with _kept_randomness():
             return _rederived(subject, chunk, given, outcome, slope=slope)
+    except ObservationError as error:  # the loss is none, or none of several calls' predictions
+        if len(given.calls) == 1:
+            raise
+        return Expected(missing=str(error))
     except Exception as error:  # whatever a stranger's forward raises outside its loop
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return Expected(missing=f"forward could not be repeated outside training ({reason})")
@@ -89,16 +96,28 @@ def _rederived(
     expected = Expected(
         loss=None if again.loss is None else float(again.loss.detach()),
         cotangents=tuple(again.cotangents),
-        gradients=_of_the_loss_seen(subject, again, outcome),
+        gradients=_shared(_of_the_loss_seen(subject, again, outcome), outcome.gradients),
         state=value_of(again.state),
         state_matters=_state_matters(subject, given, again) if within_batch else None,
         draws=again.draws,
         in_two=None if within_batch else _in_two(subject, chunk, given, again),
         partial=subject.loss is None,
     )
-    parameters, rule_missing = _updated(outcome)
-    expected = replace(expected, parameters=parameters, rule_missing=rule_missing)
-    if not slope or again.loss is None:
+    expected = _with_slopes(expected, subject, given, again, wanted=slope)
+    del again  # its gradients are many parameters long, and so are those of the update
+    parameters, rule_missing = _updated(outcome, subject.module)
+    return replace(expected, parameters=parameters, rule_missing=rule_missing)
+
+
+def _shared(due: Tensors, found: Tensors) -> Tensors:
+    """Take the tensors of `found` for those that are due and the same: parameters are large."""
+    return {n: found[n] if n in found and same(g, found[n]) else g for n, g in due.items()}
+
+
+def _with_slopes(
+    expected: Expected, subject: Subject, given: Given, again: _Again, *, wanted: bool
+) -> Expected:
+    if not wanted or again.loss is None:
         unclear = "a loss" if again.loss is None else "slopes are looked at in other chunks"
         return replace(expected, slope_unclear=unclear)
     by_values, by_autograd, unclear = _slopes(subject, given, again)
@@ -326,18 +345,30 @@ def _slopes(
     if any(p.dtype != torch.float64 for p in trainable.values()):
         return None, None, "values in less than float64 are too coarse to difference"
     told = sum(
-        float((again.gradients[name] * along).sum())
-        for name, _, along in _directed(trainable)
+        float(rows @ (_as_matrix(again.gradients[name], rows) @ columns))
+        for name, _, rows, columns in _directed(trainable)
         if name in again.gradients
     )
     wide = _differenced(subject, given, again.form, NUDGE)
     if near_slope(wide, told):
         return wide, told, ""
+    if not abs(wide - told) > _rounding(given, again):
+        return None, None, "numbers are too large for a nudge to be told from rounding"
     # A kink within the nudge (relu, clamp) shows as two nudges that disagree with each other.
     narrow = _differenced(subject, given, again.form, NUDGE / 4)
     if not near_slope(wide, narrow) or _kinked(subject, given, again):
         return None, None, "the loss has a kink close by"
     return wide, told, ""
+
+
+def _rounding(given: Given, again: _Again) -> float:
+    """Return about what rounding of the loss and of nudged parameters does to a slope by values."""
+    assert again.loss is not None
+    sizes = sum(
+        float(g.abs().flatten() @ given.parameters[name].abs().flatten())
+        for name, g in again.gradients.items()
+    )
+    return ROUNDING * (float(again.loss.detach().abs()) + sizes) / NUDGE
 
 
 def _kinked(subject: Subject, given: Given, again: _Again) -> bool:
@@ -354,12 +385,21 @@ def _bend(subject: Subject, given: Given, again: _Again, nudge: float) -> float:
 
 def _directed(
     trainable: Mapping[str, nn.Parameter],
-) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
-    """Yield each parameter with its part of one fixed direction, made when it is needed."""
+) -> Iterator[tuple[str, nn.Parameter, Tensor, Tensor]]:
+    """Yield each parameter with its part of one fixed direction: by rows, and by columns.
+
+    The part is the product of the two, which is never made: a parameter may be large.
+    """
     generator = torch.Generator().manual_seed(0)
     for name, parameter in trainable.items():
-        along = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        yield name, parameter, along.to(parameter)
+        count = len(parameter) if parameter.dim() > 1 else 1
+        sizes = count, parameter.numel() // count if count else 0
+        rows, columns = (torch.randn(n, generator=generator, dtype=torch.float64) for n in sizes)
+        yield name, parameter, rows.to(parameter), columns.to(parameter)
+
+
+def _as_matrix(tensor: Tensor, rows: Tensor) -> Tensor:
+    return tensor.reshape(len(rows), -1) if len(rows) else tensor.reshape(0, 0)
 
 
 def _differenced(subject: Subject, given: Given, form: Form, nudge: float) -> float:
@@ -373,8 +413,10 @@ def _losses(subject: Subject, given: Given, form: Form, nudges: Sequence[float])
     losses = []
     trainable = _trainable(subject)
     for nudge in nudges:
-        for name, parameter, along in _directed(trainable):
-            parameter.copy_(given.parameters[name]).add_(along, alpha=nudge)
+        for name, parameter, rows, columns in _directed(trainable):
+            start = given.parameters[name]
+            moved = torch.addr(_as_matrix(start, rows), rows, columns, alpha=nudge)
+            parameter.copy_(moved.reshape(start.shape))
         _load_values(subject.module, given)
         predictions, _ = _forward(subject, given, value_of(given.calls[0].state))
         assert given.target is not None
@@ -393,17 +435,35 @@ def _custom_function(nodes: set[Any]) -> str:
 # The update, by the optimizer's own rule ----------------------------------------------------
 
 
-def _updated(outcome: Outcome) -> tuple[tuple[Tensors, ...], str]:
-    """Repeat the updates on copies: the same optimizer, settings, memory and gradients."""
+def _updated(outcome: Outcome, module: nn.Module) -> tuple[tuple[Tensors, ...], str]:
+    """Repeat the updates: the same optimizer, settings, memory and gradients.
+
+    A single one, which is the rule, is made of the module's own parameters, to save a copy.
+    """
     after: list[Tensors] = []
+    parameters = dict(module.named_parameters())
     for rule in outcome.rules:
-        copies = {name: nn.Parameter(value.clone()) for name, value in rule.before.items()}
         try:
+            single = len(outcome.rules) == 1 and rule.before.keys() == parameters.keys()
+            copies = _loaded(parameters, rule) if single else _cloned(rule)
             apply_rule(rule, copies)
         except Exception as error:  # whatever a stranger's optimizer raises out of its place
             return (), f"{type(rule.optimizer).__name__} could not be repeated ({error})"
         after.append({name: p.detach() for name, p in copies.items()})
+        for parameter in copies.values():
+            parameter.grad = None
     return tuple(after), ""
+
+
+def _cloned(rule: Rule) -> dict[str, nn.Parameter]:
+    return {name: nn.Parameter(value.clone()) for name, value in rule.before.items()}
+
+
+@torch.no_grad()
+def _loaded(parameters: dict[str, nn.Parameter], rule: Rule) -> dict[str, nn.Parameter]:
+    for name, value in rule.before.items():
+        parameters[name].copy_(value)
+    return parameters
 
 
 def apply_rule(
@@ -411,13 +471,14 @@ def apply_rule(
 ) -> Optimizer:
     """Make one update of `copies` by `rule`, in place; return the optimizer that made it."""
     handed = rule.handed if gradients is None else gradients
+    spares = type(rule.optimizer).__module__.startswith("torch.optim.")  # gradients, in its rule
     groups = []
     memory: dict[Any, Any] = {}
     for group in rule.groups:
         members = [copies[name] for name in group["params"] if name]
         for name in filter(None, group["params"]):
             grad = handed.get(name)
-            copies[name].grad = None if grad is None else grad.clone()
+            copies[name].grad = grad if grad is None or spares else grad.clone()
             if rule.memory.get(name):
                 memory[copies[name]] = map_tensors(Tensor.clone, dict(rule.memory[name]))
         groups.append({**copy.copy(dict(group)), "params": members})

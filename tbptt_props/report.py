@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from tbptt_props.case import Case
 from tbptt_props.subject import ObservationError
-from tbptt_props.trace import Trace, Violation
+from tbptt_props.trace import Trace, Violation, counted
 
 MOST_VIOLATIONS = 4  # the first says it; the rest are the same in other words
 WIDTH = 100
+MOST_LINES = 8  # of one violation: an error of somebody else's may be as long as it likes
 
 
 class BrokenProperty(AssertionError):
@@ -96,7 +99,7 @@ class Report:
 
 def as_text(report: Report) -> str:
     """Return one line per property, then each failure, then a summary."""
-    lines = [f"{report.subject}: {_counted(report.examples, 'case')}"]
+    lines = [f"{report.subject}: {counted(report.examples, 'case')}"]
     lines += [line_of(verdict) for verdict in report.verdicts]
     for verdict in report.broken:
         lines += ["", failure_text(report, verdict)]
@@ -104,10 +107,15 @@ def as_text(report: Report) -> str:
 
 
 def line_of(verdict: Verdict) -> str:
-    """Return the verdict on one property in one line."""
+    """Return the verdict on one property in one line, and what it needs below if it is long."""
     mark = {"holds": "holds     ", "broken": "BROKEN    ", "not judged": "not judged"}
-    note = f"  needs {verdict.missing}" if verdict.status == "not judged" else ""
-    return f"  {mark[verdict.status]}  {verdict.name}{note}"
+    line = f"  {mark[verdict.status]}  {verdict.name}"
+    if verdict.status != "not judged":
+        return line
+    need = _one_line(f"needs {verdict.missing}")
+    if len(line) + len(need) + 2 <= WIDTH:
+        return f"{line}  {need}"
+    return "\n".join([line, *_wrapped(need, first=" " * 14)])
 
 
 def summary(report: Report) -> str:
@@ -124,17 +132,45 @@ def failure_text(report: Report, verdict: Verdict) -> str:
 
 
 def _failure_lines(report: Report, verdict: Verdict) -> Iterator[str]:
-    yield f"{verdict.name}{f'broken for {report.subject}':>{max(1, WIDTH - len(verdict.name))}}"
-    yield f"  {verdict.claim}"
+    broken = f"  broken for {report.subject}"
+    yield f"{verdict.name}{broken:>{max(0, WIDTH - len(verdict.name))}}"
+    yield from _wrapped(verdict.claim, first="  ")
     yield ""
     for violation in verdict.violations[:MOST_VIOLATIONS]:
-        yield f"  {violation}"
+        yield from _middle_left_out(_wrapped(str(violation), first="  "))
     more = len(verdict.violations) - MOST_VIOLATIONS
     if more > 0:
         yield f"  and {more} more of the kind"
     yield ""
-    yield f"  smallest case     {verdict.case!r}"
+    yield from _wrapped(repr(verdict.case), first="  smallest case     ")
 
 
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def _one_line(text: str) -> str:
+    return re.sub(r"\s*\n\s*", " ", text)
+
+
+def _wrapped(text: str, *, first: str) -> list[str]:
+    """Break text into lines no wider than a page, those behind the first indented further.
+
+    A word that is wider than a page, as a path may be, stays whole: it can be copied.
+    """
+    return textwrap.wrap(
+        _one_line(text),
+        WIDTH,
+        initial_indent=first,
+        subsequent_indent=" " * (len(first) + 4),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _middle_left_out(lines: list[str]) -> list[str]:
+    """Keep the start of a violation, which says where, and its end, which says what was due."""
+    if len(lines) <= MOST_LINES:
+        return lines
+    half = MOST_LINES // 2
+    return [
+        *lines[: half - 1],
+        f"      … ({len(lines) - MOST_LINES + 1} more lines) …",
+        *lines[-half:],
+    ]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tbptt_props.case import Case
@@ -62,17 +64,17 @@ class Subject:
     def __post_init__(self) -> None:
         """Refuse what cannot be observed at all."""
         if not isinstance(self.module, nn.Module):
-            raise TypeError(f"module must be a torch module, got module={_short(self.module)}")
+            raise TypeError(f"module must be a torch module, got module={shortened(self.module)}")
         if self.loss is not None and not callable(self.loss):
-            raise TypeError(f"loss must be callable, got loss={_short(self.loss)}")
+            raise TypeError(f"loss must be callable, got loss={shortened(self.loss)}")
         if not isinstance(self.contract, Contract):
-            raise TypeError(f"contract must be a Contract, got contract={_short(self.contract)}")
+            raise TypeError(f"contract must be a Contract, got contract={shortened(self.contract)}")
         for name in ("batches", "train"):
             given = getattr(self, name)
             if given is not None and not callable(given):
-                raise TypeError(f"{name} must be callable, got {name}={_short(given)}")
+                raise TypeError(f"{name} must be callable, got {name}={shortened(given)}")
         if not isinstance(self.forward, str):
-            raise TypeError(f"forward must be a name, got forward={_short(self.forward)}")
+            raise TypeError(f"forward must be a name, got forward={shortened(self.forward)}")
         if not self.patience > 0:
             raise ValueError(f"patience must be positive, got patience={self.patience}")
         if not callable(resolve(self.module, self.forward)):
@@ -111,6 +113,49 @@ class Subject:
         return copy.deepcopy(self.loss) if isinstance(self.loss, nn.Module) else self.loss
 
 
+def require(subject: object, case: object) -> None:
+    """Refuse what is not a subject and a case.
+
+    Raises:
+        TypeError: either is of another kind.
+    """
+    if not isinstance(subject, Subject):
+        raise TypeError(f"subject must be a Subject, got subject={shortened(subject)}")
+    if not isinstance(case, Case):
+        raise TypeError(f"case must be a Case, got case={shortened(case)}")
+
+
+def held_to_be_one(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return `loss`, raising an ObservationError where it is none that a chunk can be judged by."""
+
+    @functools.wraps(loss, updated=())
+    def held(prediction: Tensor, target: Tensor) -> Tensor:
+        try:
+            value: object = loss(prediction, target)
+        except Exception as error:
+            shapes = f"{tuple(prediction.shape)} and a target of shape {tuple(target.shape)}"
+            raise ObservationError(
+                f"{LOSS_IS_DUE}, but for a prediction of shape {shapes} it raised "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        return _held(value, prediction)
+
+    return held
+
+
+LOSS_IS_DUE = "loss must take (prediction, target) and return a scalar tensor"
+
+
+def _held(value: object, prediction: Tensor) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise ObservationError(f"{LOSS_IS_DUE}, got {shortened(value)}")
+    if value.numel() != 1:
+        raise ObservationError(f"{LOSS_IS_DUE}, got a tensor of shape {tuple(value.shape)}")
+    if torch.is_grad_enabled() and prediction.requires_grad and not value.requires_grad:
+        raise ObservationError(f"{LOSS_IS_DUE}, got one without the prediction's graph")
+    return value
+
+
 def resolve(module: nn.Module, name: str) -> Any:
     """Return what a dotted name means on `module`, or None where it means nothing."""
     found: Any = module
@@ -119,6 +164,7 @@ def resolve(module: nn.Module, name: str) -> Any:
     return found
 
 
-def _short(value: object) -> str:
-    text = repr(value)
+def shortened(value: object) -> str:
+    """Write a value on one short line."""
+    text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -66,13 +66,14 @@ def _test_of(build: Callable[..., Subject], tally: _Tally) -> Callable[..., None
     bench: dict[tuple[Any, ...], Bench] = {}
 
     @functools.wraps(build)
-    def test(case: Case, judged: Property, **fixtures: Any) -> None:
+    def test(*owner: Any, case: Case, judged: Property, **fixtures: Any) -> None:
         __tracebackhide__ = True
-        key = tuple(sorted((name, id(value)) for name, value in fixtures.items()))
+        key = _key(owner, fixtures)
         if key not in bench:
             bench.clear()
             bench[key] = Bench(
-                lambda case: build(case=case, **fixtures), name=getattr(build, "__name__", "test")
+                lambda case: build(*owner, case=case, **fixtures),
+                name=getattr(build, "__name__", "test"),
             )
         report = bench[key].judge(case)
         verdict = report[judged.__name__]
@@ -84,6 +85,17 @@ def _test_of(build: Callable[..., Subject], tally: _Tally) -> Callable[..., None
 
     test.__signature__ = _with_property(build)  # type: ignore[attr-defined]
     return test
+
+
+def _key(owner: tuple[Any, ...], fixtures: dict[str, Any]) -> tuple[Any, ...]:
+    """Tell by what a subject is built; pytest makes a new instance of a test's class per item."""
+    owned = {name: value for instance in owner for name, value in _attributes(instance)}
+    parts = [(name, id(value)) for given in (owned, fixtures) for name, value in given.items()]
+    return (*map(type, owner), *sorted(parts))
+
+
+def _attributes(instance: Any) -> list[tuple[str, Any]]:
+    return list(getattr(instance, "__dict__", {}).items())
 
 
 def _skipping_what_nothing_was_judged_of(test: Any, tally: _Tally) -> Any:
@@ -105,7 +117,8 @@ def _with_property(build: Callable[..., Subject]) -> inspect.Signature:
     """Return the signature of `build` and the property: by name, as pytest hands fixtures over."""
     signature = inspect.signature(build)
     by_name = inspect.Parameter.KEYWORD_ONLY
-    own = [p.replace(kind=by_name) for p in signature.parameters.values() if p.name != "self"]
+    parameters = signature.parameters.values()
+    own = [p if p.name == "self" else p.replace(kind=by_name) for p in parameters]
     judged = inspect.Parameter("judged", by_name)
     return signature.replace(parameters=[*own, judged], return_annotation=None)
 

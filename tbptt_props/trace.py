@@ -50,10 +50,17 @@ class Difference:
     index: tuple[int, ...]
     found: float
     due: float
+    instead: tuple[str, str] | None = None  # what differs where it is not two real numbers
 
     def __str__(self) -> str:
         """Name the entry and both of its values."""
-        return f"{self.entry} = {self.found:.6g} (was {self.due:.6g})"
+        found, due = self.told
+        return f"{self.entry} = {found} (was {due})"
+
+    @property
+    def told(self) -> tuple[str, str]:
+        """What was found and what was due, as a message says them."""
+        return self.instead or told_apart(self.found, self.due)
 
     @property
     def entry(self) -> str:
@@ -238,9 +245,21 @@ class Trace:
     updates: int = 0  # how many there were
     counted: int | None = None  # how many Lightning counted; None: not trained by Lightning
     changed: tuple[tuple[int, Difference], ...] = ()  # entries of the caller's batches
+    diverged: str = ""  # which numbers were the first that are not finite, if any
     one_chunk: Rerun = Rerun("", missing="training that reaches the end")
     resumed: Rerun = Rerun("", missing="training that reaches the end")
     alone: Rerun = Rerun("", missing="training that reaches the end")
+
+
+def told_apart(found: complex, due: complex) -> tuple[str, str]:
+    """Write two numbers in the fewest digits, six at least, that tell them apart."""
+    pairs = [(f"{found:.{digits}g}", f"{due:.{digits}g}") for digits in range(6, 18)]
+    return next((pair for pair in pairs if pair[0] != pair[1]), pairs[0])
+
+
+def counted(number: int, noun: str) -> str:
+    """Write how many there are: `1 chunk`, `2 chunks`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def spanned(span: Span | None) -> str:

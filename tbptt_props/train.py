@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 
+from tbptt_props.process import Hung
 from tbptt_props.subject import Batches, ObservationError, Subject
 from tbptt_props.watch import Training, Watching
 
@@ -72,7 +73,7 @@ def _with_lightning(
         if isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns one into the other
             raise error.__context__ from None
         return error
-    except Exception as error:
+    except (Exception, Hung) as error:
         return error
     finally:
         vars(module).pop("training_step", None)
@@ -138,7 +139,7 @@ def _with_function(
         function(module, told)
         if told.turned_to is not None:
             watch.batch_ended(told.turned_to)
-    except (Exception, SystemExit) as error:
+    except (Exception, Hung, SystemExit) as error:
         return error
     return None
 

@@ -49,8 +49,6 @@ from tbptt_props.trace import (
     Tensors,
 )
 
-EMPTY_CALLS = 4  # zero-length chunks in a row after which a loop is taken not to advance
-
 
 class _Canary:
     """Hung into a graph; dead when the graph is."""
@@ -175,11 +173,9 @@ class Watch:
         self.lightning_updates: Callable[[], int] | None = None
         self.updates = 0
         self.tentative: tuple[list[_LiveCall], list[Tensor | None], list[int], float] | None = None
-        self.calls_seen = 0
         self.calls_ever = 0
         self.layer = _only_layer(self.module) if subject.forward == "forward" else None
         self.layer_calls = 0
-        self.empty_calls = 0
         self.last_state: Any = None
         self.initial_state: Any = None
         self.busy = False
@@ -191,18 +187,19 @@ class Watch:
         self.initial_rules: list[Rule] = []
         self.keeps_first = False
         self.first: Chunk | None = None  # kept with its tensors, for a run of one chunk
-        self.watchdog = Watchdog(subject.patience)
+        longest = max((x.shape[1] for x, _ in self.pristine), default=0)
+        self.watchdog = Watchdog(subject.patience, longest=longest)
 
     # What an adapter tells ------------------------------------------------------------------
 
     def batch_started(self, index: int, batch: Any) -> None:
         """Note that training turns to batch `index`, as the loop gets it."""
-        self.watchdog.fed()
+        self.watchdog.turned()
         self._drop_open_calls()
         self.batch = index
         self.fresh_batch = True
         self.live_batch = batch
-        self.calls_seen = 0
+        self.last_state = None  # a batch of which nothing is trained on ends in none
         if self.before_batch:
             self.before_batch(self)
 
@@ -228,7 +225,8 @@ class Watch:
         self.training = training
         self.lightning_updates = training.updates
         self._note_moves("training began")
-        self.initial_rules = [self._rule(optimizer) for optimizer in training.optimizers]
+        if self.keeps_first:
+            self.initial_rules = [self._rule(optimizer) for optimizer in training.optimizers]
 
     def now(self) -> str:
         """Say how far training has got."""
@@ -252,7 +250,6 @@ class Watch:
     def on(self) -> Iterator[None]:
         """Watch within the block."""
         with contextlib.ExitStack() as undo:
-            undo.enter_context(self.watchdog)
             undo.enter_context(self._wrapped_forward())
             if self.layer is not None:
                 layer = self.module.get_submodule(self.layer)
@@ -313,10 +310,10 @@ class Watch:
     # Forward --------------------------------------------------------------------------------
 
     def _forward(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        self.watchdog.fed()
         with self._own_code():
             arguments = Arguments.of(original, args, kwargs)
-            self._refuse_to_hang(arguments.x)
+            self.calls_ever += 1
+            self.watchdog.called(arguments.x)
             live = self._opened(arguments)
         if self.initial_state is None:
             self.initial_state = live.call.state
@@ -369,23 +366,6 @@ class Watch:
             if variable is not None:
                 found.add(id(variable))
         return frozenset(self.names[i] for i in found if i in self.names)
-
-    def _refuse_to_hang(self, x: Any) -> None:
-        self.calls_seen += 1
-        self.calls_ever += 1
-        empty = isinstance(x, Tensor) and x.numel() == 0
-        self.empty_calls = self.empty_calls + 1 if empty else 0
-        if self.empty_calls >= EMPTY_CALLS:
-            raise Hung(
-                f"forward got inputs of shape {tuple(x.shape)} {EMPTY_CALLS} times in a row: "
-                "the loop does not advance"
-            )
-        longest = max(x.shape[1] for x, _ in self.pristine) if self.pristine else 0
-        if self.calls_seen > 100 + 20 * longest:
-            raise Hung(
-                f"forward was called {self.calls_seen} times in one batch of at most {longest} "
-                "time steps: the loop does not advance"
-            )
 
     def _places(self, x: Any) -> Tensor | None:
         if not isinstance(x, Tensor) or not 0 <= self.batch < len(self.pristine):
@@ -532,14 +512,15 @@ class Watch:
 
     @contextlib.contextmanager
     def _own_code(self) -> Iterator[None]:
-        """Keep what goes wrong in here: it is no fault of the subject's."""
-        try:
-            yield
-        except (Hung, ObservationError):
-            raise
-        except BaseException as error:
-            self.problem = error
-            raise
+        """Keep what goes wrong in here, and count no time: both are no fault of the subject's."""
+        with self.watchdog.resting():
+            try:
+                yield
+            except Hung:
+                raise
+            except BaseException as error:
+                self.problem = error
+                raise
 
     def _refuse_odd_losses(self, roots: list[Tensor]) -> None:
         for root in roots:
@@ -745,26 +726,24 @@ class Watch:
         live, self.current = self.current, None
         if live is None:
             return
-        last = live.calls[-1]
-        chunk = self._chunk(live)
-        self.consumed = [*self.consumed[-8:], (live.calls[0].opened, last.closed, str(chunk))]
-        self.horizon = max(self.horizon, last.closed)
-        canaries = [canary for call in live.calls for canary in call.canaries]
-        self.graphs.append((str(chunk), canaries))
-        if self.keeps_first and not self.closed:
-            self.first = chunk
-        self.closed.append(chunk.slim())
-        self.watched += 1
-        del live
-        self._note_graphs(allowed=1)
-        self.busy = True
-        try:
-            self.hand_on(chunk)
-        except BaseException as error:
-            self.problem = error
-            raise
-        finally:
-            self.busy = False
+        with self._own_code():
+            last = live.calls[-1]
+            chunk = self._chunk(live)
+            self.consumed = [*self.consumed[-8:], (live.calls[0].opened, last.closed, str(chunk))]
+            self.horizon = max(self.horizon, last.closed)
+            canaries = [canary for call in live.calls for canary in call.canaries]
+            self.graphs.append((str(chunk), canaries))
+            if self.keeps_first and not self.closed:
+                self.first = chunk
+            self.closed.append(chunk.slim())
+            self.watched += 1
+            del live, last
+            self._note_graphs(allowed=1)
+            self.busy = True
+            try:
+                self.hand_on(chunk)
+            finally:
+                self.busy = False
 
     def _note_graphs(self, *, allowed: int) -> None:
         """Look whether graphs live on that are due to be gone: all but the last `allowed`."""

@@ -32,9 +32,24 @@ def numbers(batches: Iterable[tuple[Tensor, Tensor]]) -> list[float]:
 def test_a_case_has_eight_sizes_all_of_them_one_by_default_but_for_a_boundary() -> None:
     assert tuple(field.name for field in fields(Case)) == SIZES
     assert Case() == Case(1, 2, 1, 1, 1, 1, 1, 0)
-    assert repr(Case()) == (
-        "Case(batch=1, steps=2, chunk=1, inputs=1, hidden=1, outputs=1, batches=1, seed=0)"
-    )
+
+
+@pytest.mark.parametrize(
+    ("case", "told"),
+    [
+        (Case(), "Case(steps=2, chunk=1)"),
+        (Case(steps=3, chunk=2), "Case(steps=3, chunk=2)"),
+        (Case(batches=2, seed=1), "Case(steps=2, chunk=1, batches=2, seed=1)"),
+        (
+            SOME,
+            "Case(batch=4, steps=7, chunk=3, inputs=2, hidden=5, outputs=3, batches=3, seed=12)",
+        ),
+    ],
+)
+def test_the_repr_says_how_a_sequence_is_cut_and_what_is_not_the_default(
+    case: Case, told: str
+) -> None:
+    assert repr(case) == told
 
 
 @given(sized())

@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from math import inf, isnan, nan
+from math import inf, isnan, nan, nextafter
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from tbptt_props.compare import (
     same,
     worst,
 )
-from tbptt_props.trace import Difference
+from tbptt_props.trace import Difference, told_apart
 
 
 def numbers(*values: float, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -168,9 +168,10 @@ def test_the_difference_is_the_entry_that_differs_most(
 
 
 def test_the_difference_between_complex_tensors_can_be_said() -> None:
-    found = difference("g", torch.tensor([1j, 1 + 1j]), torch.tensor([1j, 1 + 3j]))
+    """Also of two that are equally far from zero."""
+    found = difference("g", torch.tensor([1j, 1 + 3j]), torch.tensor([1j, 1 - 3j]))
 
-    assert found.index == (1,)
+    assert (found.entry, found.told) == ("g[1]", ("1+3j", "1-3j"))
 
 
 def test_a_number_that_became_nan_differs_most() -> None:
@@ -221,11 +222,72 @@ def test_only_bitwise_the_last_bit_counts() -> None:
     assert list(worst(FOUND, due, bitwise=True)) == [Difference("a", (1,), 2, 2 + 1e-14)]
 
 
-def test_a_wrong_shape_is_named() -> None:
-    for bitwise in (False, True):
-        (found,) = worst(FOUND, {"a": numbers(1, 2, 3)}, bitwise=bitwise)
+@pytest.mark.parametrize("bitwise", [False, True])
+def test_of_another_shape_the_shapes_are_told(bitwise: bool) -> None:
+    (found,) = worst(FOUND, {"a": numbers(1, 2, 3)}, bitwise=bitwise)
 
-        assert found.name == "a of shape (2,)"
+    assert (found.entry, found.told) == ("a", ("shape (2,)", "shape (3,)"))
+
+
+@pytest.mark.parametrize("values", [(1, 2), ()], ids=["numbers", "empty"])
+def test_of_another_dtype_alone_the_dtypes_are_told(values: tuple[float, ...]) -> None:
+    due = {"a": numbers(*values, dtype=torch.float32)}
+
+    (found,) = worst({"a": numbers(*values)}, due, bitwise=True)
+
+    assert (found.entry, found.told) == ("a", ("torch.float64", "torch.float32"))
+
+
+def test_of_another_dtype_and_other_numbers_the_numbers_are_told() -> None:
+    (found,) = worst(FOUND, {"a": numbers(1, 3, dtype=torch.float32)}, bitwise=True)
+
+    assert found == Difference("a", (1,), 2, 3)
+
+
+# What is said of them -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("found", "due", "told"),
+    [
+        (1.0, 2.0, ("1", "2")),
+        (1 / 3, 2 / 3, ("0.333333", "0.666667")),
+        (0.5, 0.5000001, ("0.5", "0.5000001")),
+        (1.0, 1.0 + 2.0**-52, ("1", "1.0000000000000002")),
+        (1e-300, -1e-300, ("1e-300", "-1e-300")),
+        (nan, 1.0, ("nan", "1")),
+        (inf, -inf, ("inf", "-inf")),
+        (nan, nan, ("nan", "nan")),
+        (1 / 3, 1 / 3, ("0.333333", "0.333333")),
+        (1 + 1j, 1 - 1j, ("1+1j", "1-1j")),
+    ],
+)
+def test_two_numbers_are_said_in_as_few_digits_as_tell_them_apart(
+    found: complex, due: complex, told: tuple[str, str]
+) -> None:
+    assert told_apart(found, due) == told
+
+
+@given(st.floats(allow_nan=False), st.floats(allow_nan=False))
+def test_no_two_numbers_that_differ_are_said_alike(found: float, due: float) -> None:
+    one, other = told_apart(found, due)
+
+    assert (one != other) or found == due
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_two_neighbours_are_said_as_two_numbers_in_their_order(number: float) -> None:
+    neighbour = nextafter(number, inf)
+
+    one, other = told_apart(number, neighbour)
+
+    assert one != other
+    assert float(one) <= float(other)
+
+
+def test_a_difference_says_its_entry_and_both_values() -> None:
+    assert str(Difference("g", (0, 2), 1.0, 1.0000001)) == "g[0, 2] = 1 (was 1.0000001)"
+    assert str(Difference("g", (), 1.0, 2.0)) == "g = 1 (was 2)"
 
 
 # Clipping -----------------------------------------------------------------------------------

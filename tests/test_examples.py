@@ -245,7 +245,6 @@ def test_even_the_documented_sizes_do_not_hide_it_from_a_run_that_is_resumed() -
     assert [verdict.name for verdict in report.broken] == ["a_run_can_be_resumed_at_any_boundary"]
 
 
-@pytest.mark.xfail(strict=False, reason="not settled on a loaded machine")
 def test_the_examples_say_their_verdicts_as_the_readme_quotes_them_and_succeed() -> None:
     _, _, behind = (ROOT / "README.md").read_text().partition("<!-- output -->\n```\n")
     quoted = [passage.strip() for passage in behind.partition("```")[0].split("…")]

@@ -482,17 +482,6 @@ def test_an_ending_names_what_an_optimizer_remembers_by_optimizer_and_parameter(
     }
 
 
-def test_an_ending_is_a_copy() -> None:
-    module = nn.Linear(1, 1)
-
-    end = ending(module, Training(), None)
-    before = end.parameters["weight"].clone()
-    with torch.no_grad():
-        module.weight.add_(1)
-
-    assert torch.equal(end.parameters["weight"], before)
-
-
 def test_no_law_is_taken_to_hold_where_nothing_was_compared() -> None:
     for law in LAWS:
         (finding,) = law(Trace(sizes=((1, 1),), plan=(((0, 1),),)))

@@ -41,11 +41,12 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
             "subject",
             "trace",
         },
-        "train": {"subject", "watch"},
+        "train": {"process", "subject", "watch"},
         "rederivation": {"compare", "graph", "process", "state", "subject", "trace"},
         "laws": {
             "case",
             "compare",
+            "contract",
             "process",
             "rederivation",
             "state",

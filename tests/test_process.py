@@ -368,14 +368,7 @@ CALLERS: dict[str, Callable[[], AbstractContextManager[object]]] = {
 }
 
 
-# What the kit makes of its own goes to the default device, while the subject trains on the CPU.
-NOT_YET = pytest.mark.xfail(raises=RuntimeError, reason="the default device is not seen to")
-
-
-@pytest.mark.parametrize(
-    "caller",
-    [pytest.param(name, marks=[NOT_YET] if name == "another device" else []) for name in CALLERS],
-)
+@pytest.mark.parametrize("caller", CALLERS)
 def test_whatever_the_caller_has_set_is_left_and_changes_no_verdict(caller: str) -> None:
     judged = subject()
 
@@ -777,6 +770,50 @@ def test_the_watchdog_lets_go_on_what_ends_in_time() -> None:
     waits(0.6)
 
     assert not watchdog.barked
+
+
+def test_the_watchdog_does_not_count_the_time_it_rests() -> None:
+    with Watchdog(0.4) as watchdog:
+        with watchdog.resting():
+            waits(0.8)
+        waits(0.1)
+
+    assert not watchdog.barked
+
+
+def test_the_watchdog_tells_of_a_training_that_swallows_what_it_raises() -> None:
+    def swallows() -> None:
+        try:
+            waits(20)
+        except BaseException:
+            return
+
+    watchdog = Watchdog(0.1)
+
+    raised = watchdog.over(swallows)
+
+    assert isinstance(raised, Hung)
+    assert str(raised) == "nothing happened for 0.1 s: the loop does not come to an end"
+
+
+def test_the_watchdog_raises_again_where_it_is_not_heard() -> None:
+    heard: list[BaseException] = []
+
+    def deaf() -> None:
+        while len(heard) < 2:
+            try:
+                waits(20)
+            except BaseException as error:
+                heard.append(error)
+
+    Watchdog(0.1).over(deaf)
+
+    assert [type(error) for error in heard] == [Hung, Hung]
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("full")])
+def test_the_watchdog_hands_on_what_a_training_raised(error: Exception | None) -> None:
+    assert Watchdog(30).over(lambda: error) is error
 
 
 def test_the_watchdogs_thread_ends_with_its_block() -> None:

@@ -8,10 +8,13 @@ import pytest
 
 import tbptt_props as tb
 from tbptt_props.judge import Property
-from tbptt_props.report import as_text, failure_text, line_of
+from tbptt_props.report import MOST_LINES, as_text, failure_text, line_of
 from tbptt_props.trace import Violation
 
 CASE = tb.Case(steps=5, chunk=4)
+LARGE = tb.Case(
+    batch=2, steps=20, chunk=10, inputs=2, hidden=3, outputs=4, batches=2, seed=2**64 - 1
+)
 LEAK = Violation(
     "time steps 4-4, incoming state[1]", "attached to the graph of time steps 0-3", "detached"
 )
@@ -86,8 +89,8 @@ def test_a_report_says_one_line_a_property_then_each_failure_then_the_sum() -> N
         "test_lit_rnn: 1 case\n"
         "  holds       state_crosses_every_boundary\n"
         "  BROKEN      graph_crosses_no_boundary\n"
-        "  not judged  each_chunk_draws_its_own_randomness"
-        "  needs a forward that draws random numbers, and two chunks\n"
+        "  not judged  each_chunk_draws_its_own_randomness\n"
+        "              needs a forward that draws random numbers, and two chunks\n"
         "\n"
         f"{FAILURE}\n"
         "\n"
@@ -152,7 +155,6 @@ def test_a_property_and_its_claim_are_no_wider_than_a_page(judged: Property) -> 
     assert max(len(first), len(second)) <= WIDTH
 
 
-@pytest.mark.xfail(reason="the two are not kept apart", strict=True)
 def test_the_name_of_a_subject_and_of_a_property_are_apart_however_long_they_are() -> None:
     name = "test_" + "a_recurrent_model_" * 5
 
@@ -161,37 +163,77 @@ def test_the_name_of_a_subject_and_of_a_property_are_apart_however_long_they_are
     assert re.fullmatch(f"graph_crosses_no_boundary +broken for {name}", first)
 
 
-@pytest.mark.xfail(
-    reason="all eight sizes are written out, also those that are the default", strict=True
-)
 def test_the_smallest_case_is_no_wider_than_a_page() -> None:
-    assert len(widest(failure_text(REPORT, BROKEN).splitlines())) <= WIDTH
+    text = failure_text(REPORT, replace(BROKEN, case=LARGE))
+
+    assert len(widest(text.splitlines())) <= WIDTH
+    assert eval(text.partition("smallest case ")[2].strip(), {"Case": tb.Case}) == LARGE
 
 
-@pytest.mark.xfail(reason="a violation is written on one line, however long", strict=True)
 def test_a_violation_is_no_wider_than_a_page() -> None:
     """As an error of torch is, with the line it came up in."""
     error = "RuntimeError: Trying to backward through the graph a second time (or directly access"
-    violation = Violation(
-        "time steps 4-4, in its backward", f"raised {error}", "trained to the end"
+    violation = Violation("time steps 4-4, in backward", f"raised {error}", "trained to the end")
+
+    lines = failure_text(REPORT, replace(BROKEN, violations=(violation,))).splitlines()
+
+    assert len(widest(lines)) <= WIDTH
+    assert " ".join(line.strip() for line in lines[3:5]) == str(violation)
+    assert [len(line) - len(line.lstrip()) for line in lines[3:5]] == [2, 6]
+
+
+def test_an_error_of_several_lines_is_told_as_one_sentence() -> None:
+    error = "raised RuntimeError: size mismatch for\n\tweight:\n  (2, 3)"
+    violation = Violation("batch 0", error, "trained to the end")
+
+    text = failure_text(REPORT, replace(BROKEN, violations=(violation,)))
+
+    assert text.splitlines()[3] == (
+        "  batch 0: raised RuntimeError: size mismatch for weight: (2, 3), "
+        "but should be trained to the end"
     )
 
-    text = failure_text(REPORT, replace(BROKEN, violations=(violation,), case=tb.Case()))
 
-    assert len(widest(text.split("smallest case")[0].splitlines())) <= WIDTH
+@pytest.mark.parametrize(("words", "left_out"), [(100, False), (1000, True)])
+def test_of_a_very_long_violation_the_middle_is_left_out(words: int, left_out: bool) -> None:
+    error = f"raised RuntimeError: {'again ' * words}at rnn.py:41   loss.backward()"
+    violation = Violation("batch 0", error, "trained to the end")
+
+    lines = failure_text(REPORT, replace(BROKEN, violations=(violation,))).splitlines()
+
+    assert lines[3].startswith("  batch 0: raised RuntimeError: again again")
+    assert "rnn.py:41   loss.backward(), but should be trained to the end" in lines[-3]
+    assert any("more lines" in line for line in lines) is left_out
+    assert len(lines) <= 3 + MOST_LINES + 2
+    assert len(widest(lines)) <= WIDTH
 
 
-@pytest.mark.xfail(reason="name and need are written on one line", strict=True)
+def test_a_word_that_is_wider_than_a_page_stays_whole() -> None:
+    path = "/".join(["models"] * 20)
+    violation = Violation("batch 0", f"raised OSError: no file {path}", "trained to the end")
+
+    text = failure_text(REPORT, replace(BROKEN, violations=(violation,)))
+
+    assert path in text
+
+
 def test_what_a_property_needs_is_no_wider_than_a_page() -> None:
-    line = line_of(
-        replace(
-            UNJUDGED,
-            name="gradients_span_the_whole_chunk",
-            missing="values in less than float64 are too coarse to difference",
-        )
-    )
+    need = "values in less than float64 are too coarse to difference"
+    verdict = replace(UNJUDGED, name="gradients_span_the_whole_chunk", missing=need)
 
-    assert len(widest(line.splitlines())) <= WIDTH
+    assert line_of(verdict).splitlines() == [
+        "  not judged  gradients_span_the_whole_chunk",
+        f"              needs {need}",
+    ]
+    assert len(widest(line_of(replace(verdict, missing=f"{need}, {need}")).splitlines())) <= WIDTH
+
+
+def test_what_a_property_needs_is_told_behind_its_name_where_there_is_room() -> None:
+    verdict = replace(UNJUDGED, name="x" * 50, missing="y" * 28)
+
+    assert line_of(verdict) == f"  not judged  {'x' * 50}  needs {'y' * 28}"
+    assert len(line_of(verdict)) == WIDTH
+    assert len(line_of(replace(verdict, missing="y" * 29)).splitlines()) == 2
 
 
 # To a program --------------------------------------------------------------------------------
