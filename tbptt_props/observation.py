@@ -82,9 +82,9 @@ def run(fresh: Fresh, case: Case, hand_on: Callable[[Chunk], None]) -> Trace:
         watch.finished()
     if watch.problem is not None:
         raise watch.problem
+    if halt is None:
+        _refuse_automatic(subject, watch, plan)
     if not watch.closed:
-        if halt is None:
-            _refuse_automatic(subject)
         _refuse_unseen(subject, watch, lenient=halt is not None or _small(case, plan))
     trace = Trace(
         sizes=tuple((x.shape[0], x.shape[1]) for x, _ in batches),
@@ -194,10 +194,11 @@ def _small(case: Case, plan: Sequence[Sequence[Span]]) -> bool:
     return case.chunk == 1 or all(len(chunks) <= 1 for chunks in plan)
 
 
-def _refuse_automatic(subject: Subject) -> None:
-    """Refuse a module whose updates Lightning makes, when the loop is done with the batch."""
+def _refuse_automatic(subject: Subject, watch: Watch, plan: Sequence[Sequence[Span]]) -> None:
+    """Refuse a module that leaves the update to Lightning, and with it cuts nothing anywhere."""
     automatic = getattr(subject.module, "automatic_optimization", False)
-    if automatic and subject.train is None:
+    uncut = len(watch.closed) <= len(plan) < sum(map(len, plan))
+    if automatic and subject.train is None and uncut:
         raise ObservationError(
             f"{type(subject.module).__name__} trains by automatic optimization, one update a "
             "batch: set self.automatic_optimization = False and make one update per chunk in "

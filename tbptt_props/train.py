@@ -45,7 +45,7 @@ def _with_lightning(
         devices=1,
         max_epochs=1,
         logger=DummyLogger(),
-        callbacks=[_Teller(watch)],
+        callbacks=[_Teller(watch, skip)],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -62,9 +62,7 @@ def _with_lightning(
         if index < skip:
             return None
         watch.batch_started(index, args[0] if args else next(iter(kwargs.values())))
-        result = original(*args, **kwargs)
-        watch.batch_ended(index)
-        return result
+        return original(*args, **kwargs)
 
     module.training_step = training_step  # type: ignore[method-assign]
     try:
@@ -98,8 +96,16 @@ class _Loader:
 class _Teller(pl.Callback):
     """Tells of what goes through Lightning."""
 
-    def __init__(self, watch: Watching) -> None:
+    def __init__(self, watch: Watching, skip: int) -> None:
         self.watch = watch
+        self.skip = skip
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *of_batch: Any
+    ) -> None:
+        index = of_batch[-1]
+        if index >= self.skip:  # by now Lightning, too, has made what updates it makes by itself
+            self.watch.batch_ended(index)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress

@@ -541,14 +541,20 @@ class Watch:
         # Calls that came before and were not reached were never trained on: a metric, say.
         last = self.open.index(reached[-1])
         self.open = [c for c in self.open[last + 1 :] if c not in reached]
-        again = step is not None and self.current is not None and self.current.step is step
-        if again and self.current is not None:
+        if self._is_evaluated_again(reached, step) and self.current is not None:
             self.current.evaluations += 1
             self.current.states.append(reached[-1].call.state_after)
             self.current.repeats.append(reached[0].call.state)
             self.horizon = max(self.horizon, self.current.calls[-1].closed)
             return self.current
         return self._begin_chunk(reached, numbers, step)
+
+    def _is_evaluated_again(self, calls: list[_LiveCall], step: object | None) -> bool:
+        """Tell whether a closure runs the current chunk once more, and not the next one."""
+        if step is None or self.current is None or self.current.step is not step:
+            return False
+        one, other = _joined(self.current.calls), _joined(calls)
+        return one is None or other is None or torch.equal(one, other)
 
     def _begin_chunk(
         self, calls: list[_LiveCall], numbers: list[int], step: object | None

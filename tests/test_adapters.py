@@ -162,9 +162,9 @@ def test_where_a_plain_loop_goes_wrong_is_told_as_for_any_other() -> None:
         "time steps 2-3, incoming state: none, but should be the one time steps 0-1 ended in",
         "time steps 4-4, incoming state: none, but should be the one time steps 2-3 ended in",
         "batch 1, time steps 2-3, incoming state: none, "
-        "but should be the one batch 1, time steps 0-1 ended in",
+        "but should be the one time steps 0-1 ended in",
         "batch 1, time steps 4-4, incoming state: none, "
-        "but should be the one batch 1, time steps 2-3 ended in",
+        "but should be the one time steps 2-3 ended in",
     ]
 
 

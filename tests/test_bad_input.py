@@ -34,6 +34,7 @@ from tbptt_ref.faults_update import CallsBackwardItself
 from tbptt_ref.module import State, TruncatedRNN
 
 CASE = tb.Case(batch=2, steps=5, chunk=2, inputs=2, hidden=3, batches=2)
+WHOLE = tb.Case(batch=2, steps=3, chunk=3, inputs=2, hidden=3)
 HANGS = "the loop does not advance"
 Build = Callable[[tb.Case], tb.Subject]
 
@@ -454,12 +455,19 @@ AUTOMATIC = (
 )
 
 
-@pytest.mark.parametrize("case", [CASE, tb.Case(), tb.Case(chunk=2)])
+@pytest.mark.parametrize("case", [CASE, tb.Case()])
 def test_a_module_that_is_optimized_automatically_is_told_what_to_set(case: tb.Case) -> None:
     with pytest.raises(tb.ObservationError) as refusal:
         tb.check(tb.Subject(made(Automatic, case), loss=mse_loss), case)
 
     assert str(refusal.value) == AUTOMATIC
+
+
+def test_a_module_that_is_optimized_automatically_is_right_where_there_is_nothing_to_cut() -> None:
+    report = tb.check(tb.Subject(made(Automatic, WHOLE), loss=mse_loss), WHOLE)
+
+    assert report.broken == ()
+    assert report["one_chunk_is_one_ordinary_update"] in report.holds
 
 
 class NoState(TruncatedRNN):

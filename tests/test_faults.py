@@ -128,7 +128,7 @@ BREAKS = {
     "SeedsEveryChunk": {RANDOM},
     "LeavesEvalOn": {ALONE, MODE, RESUMED},
     "ForgetsManualOptimization": {END},
-    "LeavesTheUpdateToLightning": {GRADIENTS, MANUAL, ONCE, ORDER, TILE},
+    "LeavesTheUpdateToLightning": {GRADIENTS, MANUAL, ONCE, ORDER},
     "RefusesShortSequences": {END},
 }
 
