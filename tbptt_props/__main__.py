@@ -1,4 +1,4 @@
-"""The command line: `tbptt-props check module.path:build`, or `python -m tbptt_props`."""
+"""The command line, `tbptt-props check module.path:build`; or `python -m tbptt_props`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return 0 if the properties hold, 1 if one is broken, 2 if misused."""
     options = _parser().parse_args(arguments)
     try:
-        return _check(options)
+        return _faults(options) if options.command == "faults" else _check(options)
     except Misused as error:
         print(f"tbptt-props: {error}", file=sys.stderr)
         return MISUSED
@@ -44,6 +44,16 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--seed", type=int, metavar="N", help="repeat the search of this seed")
     for size in _sizes():
         check.add_argument(f"--{size}", type=int, metavar="N", help=f"fix {size} of every case")
+    faults = commands.add_parser(
+        "faults",
+        help="measure the properties on loops that are broken on purpose",
+        description="Search for each fault of tbptt_ref.faults, and tell which properties it "
+        "breaks, after how many cases it is found, in how small a case, and the cause that is "
+        "named; exit code 0 if all are found from all seeds, 1 if not.",
+    )
+    faults.add_argument("names", nargs="*", metavar="NAME", help="which faults; all by default")
+    faults.add_argument("--seeds", type=int, default=20, metavar="N", help="searches for each")
+    faults.add_argument("--markdown", action="store_true", help="print a page with a table")
     return parser
 
 
@@ -78,6 +88,30 @@ def _check(options: argparse.Namespace) -> int:
     if not report.holds and not report.broken:
         raise Misused(f"{options.subject}: nothing could be judged")
     return BROKEN if report.broken else HOLDS
+
+
+def _faults(options: argparse.Namespace) -> int:
+    from tbptt_props import catalogue
+
+    if options.seeds < 1:
+        raise Misused(f"seeds must be at least 1, got seeds={options.seeds}")
+    # By its name: what is judged with does not know what it is tried on.
+    faults = importlib.import_module("tbptt_ref.faults").FAULTS
+    known = {fault.name: fault for fault in faults}
+    unknown = [name for name in options.names if name not in known]
+    if unknown:
+        raise Misused(f"no fault {unknown[0]!r}; there are {', '.join(known)}")
+    rows = []
+    for name in options.names or known:
+        rows.append(catalogue.measured(known[name], options.seeds))
+        if not options.markdown:
+            print(*catalogue.as_text(rows[-1]), sep="\n", flush=True)
+    if options.markdown:
+        command = f"tbptt-props faults --seeds {options.seeds} --markdown"
+        print(*catalogue.as_markdown(rows, " ".join([command, *options.names])), sep="\n")
+    else:
+        print(f"\n{catalogue.summary(rows)}")
+    return HOLDS if all(row.found for row in rows) else BROKEN
 
 
 def _load(path: str) -> Callable[..., Any]:

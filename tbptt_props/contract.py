@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from tbptt_props.case import Case
+
+Lengths = Callable[[int], Sequence[int]]
+Carry = Literal["within", "across", "flagged"]
+
+CARRIES = ("within", "across", "flagged")
 
 
 @dataclass(frozen=True)
@@ -14,37 +20,69 @@ class Contract:
 
     Args:
         chunk: K, the time steps of each chunk; by default the case's own.
+        lengths: in place of `chunk`, a function of T that returns the lengths of all chunks in
+            order; or "any" if they are drawn at random. Changes what `chunks_tile_the_sequence`
+            expects; of lengths that are not known before, a run can't be resumed at a boundary.
         tail: whether the last, shorter chunk of a sequence is trained on ("keep") or left out
             ("drop"). Changes what `chunks_tile_the_sequence` expects.
+        carry: how far the state goes: "within" a batch, "across" from each batch to the next, or
+            as flags in the batch say ("flagged"): each sequence goes on or starts afresh. Changes
+            what `state_crosses_every_boundary` and `state_starts_afresh_with_each_batch` expect;
+            a batch that goes on from another one can't be run alone.
+        update: when the optimizer updates: after each "chunk", after each "batch" for all of its
+            chunks, whose gradients add up, or after so many chunks of a batch, and at its end.
+            Changes what `each_chunk_updates_once`, `events_come_in_a_legal_order` and
+            `gradients_are_the_chunks_own` expect.
+        weight: by what each chunk's loss is multiplied if several share an update: 1 ("sum"),
+            1 / the number of chunks ("mean"), or its share of the batch's time steps ("steps").
+            Changes what `loss_is_the_chunks_own` expects.
         clip_norm: the largest norm that the gradient of all of an optimizer's parameters has at
             an update. Changes what `gradients_are_the_chunks_own` expects there; without it,
             gradients may be clipped in any way.
         clip_value: the largest absolute value of any entry of a gradient at an update, likewise.
 
     Raises:
-        ValueError: `chunk` is below 1, `tail` is neither word, a clipping is not positive, or both
-            kinds are promised.
+        ValueError: a promise that is none, or two that contradict each other.
     """
 
     chunk: int | None = None
+    lengths: Lengths | Literal["any"] | None = None
     tail: Literal["keep", "drop"] = "keep"
+    carry: Carry = "within"
+    update: Literal["chunk", "batch"] | int = "chunk"
+    weight: Literal["sum", "mean", "steps"] = "sum"
     clip_norm: float | None = None
     clip_value: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse promises nobody can keep."""
         if self.chunk is not None:
-            _require_steps(self.chunk)
-        if self.tail not in ("keep", "drop"):
-            raise ValueError(f"tail must be 'keep' or 'drop', got tail={self.tail!r}")
+            _require_count("chunk", self.chunk, "time step")
+        _require_word("tail", self.tail, ("keep", "drop"))
+        _require_word("carry", self.carry, CARRIES)
+        _require_word("weight", self.weight, ("sum", "mean", "steps"))
+        if self.update not in ("chunk", "batch"):
+            _require_count("update", self.update, "chunk")
+        if self.lengths is not None and self.lengths != "any" and not callable(self.lengths):
+            raise ValueError(f"lengths must be a function of T or 'any', got {self.lengths!r}")
+        self._require_no_contradiction()
         for name in ("clip_norm", "clip_value"):
             limit = getattr(self, name)
             if limit is not None and not limit > 0:
                 raise ValueError(f"{name} must be positive, got {name}={limit}")
+
+    def _require_no_contradiction(self) -> None:
         if self.clip_norm is not None and self.clip_value is not None:
             raise ValueError(
                 "only one of clip_norm and clip_value can be promised, got "
                 f"clip_norm={self.clip_norm} and clip_value={self.clip_value}"
+            )
+        if self.lengths is not None and (self.chunk is not None or self.tail == "drop"):
+            raise ValueError("lengths already says how chunks are cut: leave out chunk and tail")
+        if self.weight != "sum" and self.update in ("chunk", 1):
+            raise ValueError(
+                "weight is about chunks that share an update: with update='chunk' each has its "
+                f"own, got weight={self.weight!r}"
             )
 
     @property
@@ -52,14 +90,64 @@ class Contract:
         """Whether gradients are promised to be clipped."""
         return self.clip_norm is not None or self.clip_value is not None
 
+    @property
+    def planned(self) -> bool:
+        """Whether it is known before a run how its sequences are cut."""
+        return self.lengths != "any"
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether several chunks may share an update."""
+        return self.update not in ("chunk", 1)
+
     def plan(self, case: Case, steps: int) -> tuple[tuple[int, int], ...]:
-        """Return (start, stop) of each chunk due for a sequence of T = `steps` time steps."""
+        """Return (start, stop) of each chunk due for a sequence of T = `steps` time steps.
+
+        Raises:
+            ValueError: `lengths` returns some that don't add up to T, or are no lengths.
+        """
+        if callable(self.lengths):
+            return _spans(self.lengths(steps), steps)
+        if self.lengths == "any":
+            return ((0, steps),)
         chunk = self.chunk or case.chunk
         spans = tuple((t, min(t + chunk, steps)) for t in range(0, steps, chunk))
         whole = tuple((start, stop) for start, stop in spans if stop - start == chunk)
         return spans if self.tail == "keep" else whole
 
+    def updates_after(self, index: int, count: int) -> bool:
+        """Tell whether an update is due after chunk `index` of the `count` of a batch."""
+        if self.update == "chunk":
+            return True
+        if index == count - 1:
+            return True
+        return isinstance(self.update, int) and (index + 1) % self.update == 0
 
-def _require_steps(chunk: object) -> None:
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
-        raise ValueError(f"chunk must be at least 1 time step, got chunk={chunk!r}")
+    def share(self, index: int, plan: Sequence[tuple[int, int]]) -> float:
+        """Return by what the loss of chunk `index` of a batch's plan is multiplied."""
+        start, stop = plan[index]
+        if self.weight == "steps":
+            return (stop - start) / sum(last - first for first, last in plan)
+        return 1 / len(plan) if self.weight == "mean" else 1.0
+
+
+def _spans(lengths: Sequence[int], steps: int) -> tuple[tuple[int, int], ...]:
+    spans: list[tuple[int, int]] = []
+    for length in lengths:
+        _require_count("each of lengths", length, "time step")
+        start = spans[-1][1] if spans else 0
+        spans.append((start, start + length))
+    if not spans or spans[-1][1] != steps:
+        raise ValueError(f"lengths must add up to T = {steps}, got {list(lengths)}")
+    return tuple(spans)
+
+
+def _require_word(name: str, value: object, words: tuple[str, ...]) -> None:
+    if value not in words:
+        listed = " or ".join(map(repr, words)) if len(words) == 2 else ", ".join(map(repr, words))
+        raise ValueError(f"{name} must be {listed}, got {name}={value!r}")
+
+
+def _require_count(name: str, value: object, what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be at least 1 {what}, got {name}={value!r}")

@@ -14,13 +14,15 @@ from hypothesis import HealthCheck, Phase, find, given, seed, settings
 from hypothesis.errors import NoSuchExample, Unsatisfiable, UnsatisfiedAssumption
 
 from tbptt_props.case import SIZES, Case
-from tbptt_props.observation import Fresh, batches_of, made_ready, observing, run
+from tbptt_props.causes import causes_of, likeliest
+from tbptt_props.evidence import Looking
+from tbptt_props.observation import Fresh, batches_of, made_ready, observing, rewired, run
 from tbptt_props.properties import OF_LINKS, OF_RUNS, PROPERTIES, LinkProperty, RunProperty
 from tbptt_props.rederivation import rederive
 from tbptt_props.report import Report, Verdict
 from tbptt_props.strategies import cases
-from tbptt_props.subject import NeverCalledError, ObservationError, Subject, require, shortened
-from tbptt_props.trace import Chunk, Finding, Link, NotJudged, Violation
+from tbptt_props.subject import ObservationError, Subject, require, shortened
+from tbptt_props.trace import Cause, Chunk, Finding, Link, NotJudged, Violation
 
 Property = RunProperty | LinkProperty
 
@@ -46,25 +48,17 @@ def judge(
 
     Training runs in float64; a subject that cannot is judged in the dtype torch starts with.
     """
-    try:
-        report = _judge(fresh, case, properties, name, torch.float64)
-    except NeverCalledError as error:
-        layer = error.instead
-        if layer is None:
-            raise
-        fresh = _by_layer(fresh, layer)
-        report = _judge(fresh, case, properties, name, torch.float64)
+    return rewired(fresh, lambda wired: _in_its_dtype(wired, case, properties, name))
+
+
+def _in_its_dtype(fresh: Fresh, case: Case, properties: Sequence[Property], name: str) -> Report:
+    report = _judge(fresh, case, properties, name, torch.float64)
     halt = report.trace.halt if report.trace else None
     if halt and any(word in halt.error for word in ("dtype", "scalar type", "Double", "Float")):
         again = _judge(fresh, case, properties, name, torch.float32)
         if again.trace and not again.trace.halt:
             return again
     return report
-
-
-def _by_layer(fresh: Fresh, layer: str) -> Fresh:
-    """Watch the calls of a layer instead of the module's own; what they return is no prediction."""
-    return lambda: replace(fresh(), forward=layer, loss=None)
 
 
 def _judge(
@@ -76,8 +70,9 @@ def _judge(
     with observing(case, dtype):
         twin = made_ready(fresh)
         before: list[Chunk] = []
+        looking = Looking()
         numbers = count()
-        plans = [twin.contract.plan(case, x.shape[1]) for x, _ in batches_of(twin, case)]
+        plans = [twin.contract.plan(case, b.inputs.shape[1]) for b in batches_of(twin, case)]
 
         def judge_link(chunk: Chunk) -> None:
             link = Link(
@@ -91,12 +86,15 @@ def _judge(
             for p in of_links:
                 findings = judged[p.__name__]
                 findings.set_aside(unclear) if unclear else findings.add(p(link))
+            looking.at(link, alone=len(plans) == len(plans[0]) == 1)
             before[:] = [chunk.light()]
 
         trace = run(fresh, case, judge_link)
         for p in of_runs:
             judged[p.__name__].add(p(trace))
-    verdicts = tuple(judged[p.__name__].verdict(p, case) for p in properties)
+    broken = [name for name, findings in judged.items() if findings.violations]
+    causes = causes_of(looking.evidence(trace, broken, twin.contract.chunk or case.chunk))
+    verdicts = tuple(judged[p.__name__].verdict(p, case, causes) for p in properties)
     return Report(name, verdicts, trace=trace)
 
 
@@ -138,7 +136,7 @@ class _Findings:
         """Note why a link was not even looked at, which says more than what else is missing."""
         self.missing.insert(0, missing)
 
-    def verdict(self, judged: Property, case: Case) -> Verdict:
+    def verdict(self, judged: Property, case: Case, causes: Sequence[Cause]) -> Verdict:
         return Verdict(
             name=judged.__name__,
             claim=(judged.__doc__ or "").splitlines()[0],
@@ -146,6 +144,7 @@ class _Findings:
             case=case if self.violations else None,
             missing=next(iter(self.missing), "training ended before it") if not self.clean else "",
             judged=int(self.clean > 0 or bool(self.violations)),
+            causes=likeliest([causes], judged.__name__) if self.violations else (),
         )
 
 
@@ -278,7 +277,15 @@ class Bench:
         judged = sum(verdict.judged for verdict in found)
         first = min(broken, key=_size) if broken else found[0]
         missing = "" if judged else first.missing
-        return replace(first, judged=judged, missing=missing)
+        return replace(first, judged=judged, missing=missing, causes=self._causes(first))
+
+    def _causes(self, verdict: Verdict) -> tuple[Cause, ...]:
+        """Return the causes that fit most of the cases: a small one alone fits many mistakes."""
+        if not verdict.violations:
+            return ()
+        found = [causes_in(report) for report in self.reports.values() if report.broken]
+        broken = sum(bool(r[verdict.name].violations) for r in self.reports.values())
+        return likeliest(found, verdict.name, broken=broken)
 
     def shrunk(
         self, verdict: Verdict, fixed: Mapping[str, int], number: int, max_examples: int
@@ -301,9 +308,10 @@ class Bench:
             )
         except NoSuchExample:  # the search draws otherwise than the one that found it
             smallest = verdict.case or Case()
-        best = min((smallest, verdict.case or smallest), key=_measure)
+        best = min((smallest, verdict.case or smallest), key=measure)
         best = self._smaller(best, breaks, [name for name in SIZES if name not in fixed])
-        return replace(self.judge(best)[verdict.name], judged=verdict.judged)
+        found = self.judge(best)[verdict.name]
+        return replace(found, judged=verdict.judged, causes=self._causes(found))
 
     def _smaller(self, best: Case, breaks: Callable[[Case], bool], sizes: Sequence[str]) -> Case:
         """Make one size after the other smaller, as long as the case breaks all the same."""
@@ -315,6 +323,12 @@ class Bench:
             if smaller is None:
                 return best
             best = smaller
+
+
+def causes_in(report: Report) -> tuple[Cause, ...]:
+    """Return the causes named in a report, each once."""
+    found = (cause for verdict in report.broken for cause in verdict.causes)
+    return tuple(dict.fromkeys(found))
 
 
 def _lessened(case: Case, size: str) -> Iterator[Case]:
@@ -333,10 +347,10 @@ def _named(build: Build) -> str:
 
 def _size(verdict: Verdict) -> tuple[int, ...]:
     assert verdict.case is not None
-    return _measure(verdict.case)
+    return measure(verdict.case)
 
 
-def _measure(case: Case) -> tuple[int, ...]:
+def measure(case: Case) -> tuple[int, ...]:
     """Order cases by how much a person has to think about."""
     return (
         case.batches * case.steps,

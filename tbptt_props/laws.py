@@ -9,26 +9,27 @@ objects and at equal shapes, so that they need no tolerance.
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tbptt_props.batch import Batch
 from tbptt_props.case import Case
 from tbptt_props.compare import clipped, is_clipped, same, same_leaves
 from tbptt_props.contract import Contract
+from tbptt_props.forward import Arguments, Forward
 from tbptt_props.process import Watchdog, randomness, set_randomness
-from tbptt_props.rederivation import apply_rule, rederive
-from tbptt_props.state import leaves, map_tensors, same_layout
-from tbptt_props.subject import Batches, Subject
+from tbptt_props.rederivation import apply_rule, put_buffer, rederive
+from tbptt_props.state import leaves, map_tensors, same_layout, value_of
+from tbptt_props.subject import Subject
 from tbptt_props.trace import Chunk, Ending, Rerun, Rule, Span, Tensors, time_dimension
 from tbptt_props.train import train
-from tbptt_props.watch import Arguments, Training, Watch, owner_of, plain_attributes
+from tbptt_props.watch import Training, Watch, plain_attributes
 
+Fresh = Callable[[], Subject]
 LATEST = 4  # boundaries at which a run may be resumed
 
 
@@ -56,6 +57,7 @@ class Bookmarks:
 
     plan: Sequence[Sequence[Span]]
     case: Case
+    contract: Contract = field(default_factory=Contract)
     boundary: Checkpoint | None = None
     reset: Checkpoint | None = None
     where: tuple[int, int] | None = field(init=False)  # batch and time step of the boundary
@@ -68,10 +70,18 @@ class Bookmarks:
         """
         self.where = None
         for batch in range(len(self.plan) - 1, -1, -1):
-            starts = [start for start, _ in self.plan[batch]][1:][-LATEST:]
+            starts = self._starts(self.plan[batch])[-LATEST:]
             if starts:
                 self.where = (batch, starts[self.case.seed % len(starts)])
                 return
+
+    def _starts(self, plan: Sequence[Span]) -> list[int]:
+        """Return where chunks start that come right after an update: nothing is left over there."""
+        return [
+            start
+            for index, (start, _) in enumerate(plan)
+            if index and self.contract.updates_after(index - 1, len(plan))
+        ]
 
     def watch(self, watch: Watch) -> None:
         """Leave the checkpoints while `watch` is on."""
@@ -119,7 +129,8 @@ def _left(watch: Watch, places: Tensor, handed: Any) -> Any:
     Where it is another one, what the first part's forward returned is due in its place.
     """
     found = leaves(handed)
-    ended = watch.ended_in(places)
+    flagged = watch.subject.contract.carry == "flagged"  # then it may start afresh anywhere
+    ended = [] if flagged else watch.ended_in(places)
     if any(same_leaves(found, leaves(state)) for state in ended):
         return handed
     due = leaves(ended[-1]) if ended else {}
@@ -166,11 +177,15 @@ def _detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def resumed(
-    fresh: Callable[[], Subject], batches: Batches, marks: Bookmarks, first: Ending, watch: Watch
+    fresh: Callable[[], Subject],
+    batches: Sequence[Batch],
+    marks: Bookmarks,
+    first: Ending,
+    watch: Watch,
 ) -> Rerun:
     """Run on from a boundary in fresh objects."""
     if marks.where is None:
-        return Rerun("", missing="a case of at least two chunks")
+        return Rerun("", missing=_NO_BOUNDARY[watch.subject.contract.adds_up])
     batch, start = marks.where
     where = f"{f'batch {batch}, ' if batch else ''}from time step {start} on"
     if not watch.training.optimizers:
@@ -182,13 +197,25 @@ def resumed(
     return _rerun(fresh, batches, marks.boundary, first, where)
 
 
+_NO_BOUNDARY = {
+    False: "a case of at least two chunks",
+    True: "a case with a boundary right after an update",
+}
+
+
 def alone(
-    fresh: Callable[[], Subject], batches: Batches, marks: Bookmarks, first: Ending, watch: Watch
+    fresh: Callable[[], Subject],
+    batches: Sequence[Batch],
+    marks: Bookmarks,
+    first: Ending,
+    watch: Watch,
 ) -> Rerun:
     """Run the last batch in fresh objects."""
     where = f"batch {len(batches) - 1}"
     if len(batches) < 2:
         return Rerun(where, missing="a case of at least two batches")
+    if watch.subject.contract.carry != "within":
+        return Rerun(where, missing="a contract by which each batch starts afresh")
     if not watch.training.optimizers:
         return Rerun(where, missing="the optimizers are not known before training")
     if marks.reset is None:
@@ -197,30 +224,42 @@ def alone(
 
 
 def _rerun(
-    fresh: Callable[[], Subject], batches: Batches, left: Checkpoint, first: Ending, where: str
+    fresh: Callable[[], Subject],
+    batches: Sequence[Batch],
+    left: Checkpoint,
+    first: Ending,
+    where: str,
 ) -> Rerun:
     # A view has the strides that the chunks of the first run had, and kernels may sum in another
     # order for others; but a loop may be unable to take a view, or copy it first. Either will do.
-    rerun = _gone_on(fresh(), _cut(batches, left), left, first, where)
+    cut = _cut(batches, left, lambda part: part)
+    if cut is None:
+        return Rerun(where, missing="batches of which it is clear how to cut them along time")
+    rerun = _gone_on(fresh(), cut, left, first, where)
     if left.start and not _alike(rerun):
-        copied = [(x.contiguous(), y.contiguous()) for x, y in _cut(batches, left)]
-        rerun = _gone_on(fresh(), copied, left, first, where)
+        contiguous = _cut(batches, left, torch.Tensor.contiguous)
+        rerun = _gone_on(fresh(), contiguous or cut, left, first, where)
     return rerun
 
 
-def _cut(batches: Batches, left: Checkpoint) -> list[tuple[Tensor, Tensor]]:
-    cut = [(x.clone(), y.clone()) for x, y in batches]
-    x, y = cut[left.batch]
-    cut[left.batch] = x[:, left.start :], y[:, left.start :]
-    return cut
+def _cut(
+    batches: Sequence[Batch], left: Checkpoint, change: Callable[[Tensor], Tensor]
+) -> list[Batch] | None:
+    copies: list[Batch | None] = [batch.copied() for batch in batches]
+    whole = copies[left.batch]
+    if left.start and whole is not None:
+        copies[left.batch] = whole.cut(left.start, change)
+    cut = [batch for batch in copies if batch is not None]
+    return cut if len(cut) == len(batches) else None
 
 
 def _gone_on(
-    subject: Subject, batches: Batches, left: Checkpoint, first: Ending, where: str
+    subject: Subject, batches: Sequence[Batch], left: Checkpoint, first: Ending, where: str
 ) -> Rerun:
-    going_on = _GoingOn(subject, left, longest=max(x.shape[1] for x, _ in batches))
-    with going_on.wrapped():
-        error = going_on.watchdog.over(lambda: train(subject, batches, going_on, skip=left.batch))
+    going_on = _GoingOn(subject, left, longest=max(b.inputs.shape[1] for b in batches))
+    wholes = [batch.whole for batch in batches]
+    with going_on.forward.replaced(going_on.called):
+        error = going_on.watchdog.over(lambda: train(subject, wholes, going_on, skip=left.batch))
     if error is not None:
         return Rerun(where, problem=f"the fresh run raised {type(error).__name__}: {error}")
     return Rerun(where, first, ending(subject.module, going_on.training, going_on.state))
@@ -243,6 +282,7 @@ class _GoingOn:
     def __init__(self, subject: Subject, left: Checkpoint, *, longest: int) -> None:
         self.subject = subject
         self.module = subject.module
+        self.forward = Forward(subject)
         self.left = left
         self.training = Training()
         self.loaded = False
@@ -274,7 +314,7 @@ class _GoingOn:
             parameter.grad = torch.zeros_like(parameter) if name in left.graded else None
         for name, buffer in self.module.named_buffers():
             if name in left.buffers:
-                buffer.copy_(left.buffers[name])
+                put_buffer(self.module, name, buffer, left.buffers[name])
         for name, part in self.module.named_modules():
             vars(part).update(left.attributes.get(name, {}))
         for optimizer, memory in zip(self.training.optimizers, left.memory, strict=True):
@@ -297,40 +337,34 @@ class _GoingOn:
         )
         return again and self.left.handed
 
-    def wrapped(self) -> ExitStack:
-        """Return a block within which the first forward starts from the checkpoint's state."""
-        owner, name = owner_of(self.module, self.subject.forward)
-        original = getattr(owner, name)
-
-        @functools.wraps(original)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if not torch.is_grad_enabled() or not self.module.training:
-                return original(*args, **kwargs)
-            arguments = Arguments.of(original, args, kwargs)
-            self.watchdog.called(arguments.x)
-            if self._starts(arguments):
-                state = map_tensors(same_layout, self.left.state)
-                args, kwargs = arguments.replaced(state)
-            returned = original(*args, **kwargs)
-            if isinstance(returned, (tuple, list)) and len(returned) == 2:
-                self.state = returned[1]
-            return returned
-
-        object.__setattr__(owner, name, forward)
-        undo = ExitStack()
-        undo.callback(vars(owner).pop, name, None)
-        return undo
+    def called(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run forward, the first time from the checkpoint's state."""
+        if not torch.is_grad_enabled() or not self.module.training:
+            return original(*args, **kwargs)
+        arguments = self.forward.arguments(args, kwargs)
+        self.watchdog.called(arguments.x)
+        if self._starts(arguments):
+            args, kwargs = self.forward.put(arguments, map_tensors(same_layout, self.left.state))
+        returned = original(*args, **kwargs)
+        found = self.forward.came_out(returned)
+        if found is not None:
+            self.state = value_of(found[1])
+        return returned
 
 
 # One chunk against one ordinary update --------------------------------------------------------
 
 
 def one_chunk(
-    fresh: Callable[[], Subject], batches: Batches, marks: Bookmarks, first: Ending, watch: Watch
+    fresh: Callable[[], Subject],
+    batches: Sequence[Batch],
+    marks: Bookmarks,
+    first: Ending,
+    watch: Watch,
 ) -> Rerun:
     """Make one ordinary update on a whole batch, which is due where the plan is a single chunk."""
     where = "the whole sequence"
-    if len(marks.plan) != 1 or len(marks.plan[0]) != 1:
+    if len(marks.plan) != 1 or len(marks.plan[0]) != 1 or not _is_one_chunk(watch):
         return Rerun(where, missing="a case of one batch and one chunk")
     if watch.subject.loss is None:
         return Rerun(where, missing="a loss")
@@ -356,14 +390,22 @@ def one_chunk(
     return Rerun(where, first, known)
 
 
-def _of_whole(batch: tuple[Tensor, Tensor], chunk: Chunk) -> Chunk:
+def _is_one_chunk(watch: Watch) -> bool:
+    """Tell whether a single chunk was due: where lengths are drawn, it may have been several."""
+    return watch.subject.contract.planned or len(watch.closed) == 1
+
+
+def _of_whole(batch: Batch, chunk: Chunk) -> Chunk:
     """Return `chunk` as it would be if it had been the whole batch, laid out as its inputs were."""
     given, outcome = chunk.given, chunk.outcome
     assert given is not None
     assert outcome is not None
     if len(given.calls) == 1:
-        x, y = (part.transpose(0, 1) if time_dimension(chunk) == 0 else part for part in batch)
-        given = replace(given, calls=(replace(given.calls[0], x=x),), target=y)
+        swapped = time_dimension(chunk) == 0
+        x, y = batch.inputs, batch.targets
+        target = y.transpose(0, 1) if y is not None and swapped and batch.by_step else y
+        call = replace(given.calls[0], x=x.transpose(0, 1) if swapped else x)
+        given = replace(given, calls=(call,), target=target)
     return replace(chunk, given=given, outcome=replace(outcome, cotangents=(), rules=()))
 
 

@@ -9,18 +9,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from tbptt_props import laws
+from tbptt_props.batch import Batch, Parts
 from tbptt_props.case import Case
 from tbptt_props.process import Hung, undisturbed
+from tbptt_props.state import leaves
 from tbptt_props.subject import (
-    Batches,
-    NeverCalledError,
     ObservationError,
     Subject,
+    WiringError,
     held_to_be_one,
     require,
 )
@@ -28,6 +29,7 @@ from tbptt_props.trace import Chunk, Halt, Rerun, Span, Trace
 from tbptt_props.train import train
 from tbptt_props.watch import Watch
 
+_Result = TypeVar("_Result")
 Fresh = Callable[[], Subject]  # makes the subject anew, sharing nothing with the one before
 
 
@@ -44,9 +46,24 @@ def observe(subject: Subject, case: Case) -> Trace:
     """
     require(subject, case)
     chunks: list[Chunk] = []
-    with observing(case):
-        trace = run(subject.copied, case, chunks.append)
-    return replace(trace, chunks=tuple(chunks))
+
+    def attempt(fresh: Fresh) -> Trace:
+        chunks.clear()
+        with observing(case):
+            return run(fresh, case, chunks.append)
+
+    return replace(rewired(subject.copied, attempt), chunks=tuple(chunks))
+
+
+def rewired(fresh: Fresh, attempt: Callable[[Fresh], _Result]) -> _Result:
+    """Attempt it on the subject as it was told, then as it is found to be wired."""
+    try:
+        return attempt(fresh)
+    except WiringError as error:
+        if not error.instead:
+            raise
+        instead = dict(error.instead)
+    return rewired(lambda: replace(fresh(), **instead), attempt)
 
 
 @contextmanager
@@ -70,12 +87,12 @@ def run(fresh: Fresh, case: Case, hand_on: Callable[[Chunk], None]) -> Trace:
 
     subject = anew()
     batches = batches_of(subject, case)
-    plan = tuple(subject.contract.plan(case, x.shape[1]) for x, _ in batches)
-    marks = laws.Bookmarks(plan, case)
+    plan = tuple(subject.contract.plan(case, b.inputs.shape[1]) for b in batches)
+    marks = laws.Bookmarks(plan, case, subject.contract)
     watch = Watch(subject, batches, looked_at)
     marks.watch(watch)
     with watch.on():
-        copies = [(x.clone(), y.clone()) for x, y in batches]
+        copies = [batch.copied().whole for batch in batches]
         error = watch.watchdog.over(lambda: train(subject, copies, watch))
         halt = _halt(error, watch)
         error = None  # its traceback holds the loop's frames, and with them its graphs
@@ -87,8 +104,9 @@ def run(fresh: Fresh, case: Case, hand_on: Callable[[Chunk], None]) -> Trace:
     if not watch.closed:
         _refuse_unseen(subject, watch, lenient=halt is not None or _small(case, plan))
     trace = Trace(
-        sizes=tuple((x.shape[0], x.shape[1]) for x, _ in batches),
+        sizes=tuple((b.inputs.shape[0], b.inputs.shape[1]) for b in batches),
         plan=plan,
+        planned=subject.contract.planned,
         chunks=tuple(watch.closed),
         halt=halt,
         outlived=tuple(dict.fromkeys(watch.outlived)),
@@ -120,7 +138,7 @@ def _not_finite(chunk: Chunk) -> Iterator[str]:
 
 
 def _with_reruns(
-    trace: Trace, fresh: Fresh, batches: Batches, marks: laws.Bookmarks, watch: Watch
+    trace: Trace, fresh: Fresh, batches: Sequence[Batch], marks: laws.Bookmarks, watch: Watch
 ) -> Trace:
     if trace.diverged:
         unequal = Rerun("", missing=trace.diverged)  # infinities are equal whatever they come from
@@ -134,52 +152,59 @@ def _with_reruns(
     )
 
 
-def batches_of(subject: Subject, case: Case) -> Batches:
+def batches_of(subject: Subject, case: Case) -> list[Batch]:
     """Return the batches of `case` in the dtype of the run, after making sure they are usable.
 
     Raises:
         TypeError: they are no list.
-        ValueError: there are none, one is no pair of tensors, or empty, its parts do not go
-            together, or not finite.
+        ValueError: there are none, one does not hold inputs and targets, or is empty, its parts do
+            not go together, or not finite.
     """
-    made: Any = case.tensors() if subject.batches is None else subject.batches(case)
+    # A state that goes on from batch to batch needs as many sequences in each.
+    alike = case if subject.contract.carry == "within" else replace(case, seed=case.seed & ~1)
+    made: Any = alike.tensors() if subject.batches is None else subject.batches(case)
     if not isinstance(made, Iterable):
         raise TypeError(f"batches must return a list of pairs of tensors, got {_kind(made)}")
     batches = list(made)
     if not batches:
         raise ValueError("batches must hold at least one batch, got none")
-    return [_usable(i, batch) for i, batch in enumerate(batches)]
+    return [_usable(i, batch, subject.parts) for i, batch in enumerate(batches)]
 
 
-def _usable(index: int, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _usable(index: int, whole: Any, parts: Parts | None) -> Batch:
     name = f"batches[{index}]"
-    if not _is_pair(batch):
-        raise ValueError(f"{name} must be a pair of tensors (inputs, targets), got {_parts(batch)}")
-    x, y = batch
-    if x.dim() < 2 or y.dim() < 2 or x.shape[:2] != y.shape[:2]:
+    if parts is None and len(leaves(whole)) < 2:
+        raise ValueError(
+            f"{name} must hold inputs and targets, got {_told(whole)}: say which parts of it they "
+            "are with Subject(..., parts=...)"
+        )
+    try:
+        batch = Batch.of(whole, parts)
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from error
+    _require_finite(name, batch)
+    return batch.converted(torch.get_default_dtype())
+
+
+def _require_finite(name: str, batch: Batch) -> None:
+    x, y = batch.inputs, batch.targets
+    if y is not None and (y.dim() < 1 or len(y) != len(x) or (y.dim() > 2 and not batch.by_step)):
         raise ValueError(
             f"{name} must have inputs (B, T, ...) and targets (B, T, ...) of the same B and T, "
             f"got {tuple(x.shape)} and {tuple(y.shape)}"
         )
-    if not x.numel() or not y.numel():
+    if not x.numel() or (y is not None and not y.numel()):
         raise ValueError(f"{name} must not be empty, got inputs {tuple(x.shape)}")
     for part, tensor in (("inputs", x), ("targets", y)):
-        if not bool(torch.isfinite(tensor).all()):
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name} must be finite, got NaN or infinity among its {part}")
-    floating = torch.get_default_dtype()
-    return tuple(t.to(floating) if t.is_floating_point() else t for t in (x, y))
 
 
-def _is_pair(batch: Any) -> bool:
-    listed = isinstance(batch, (tuple, list)) and len(batch) == 2
-    return listed and all(isinstance(part, torch.Tensor) for part in batch)
-
-
-def _parts(batch: Any) -> str:
-    """Say what a batch is that is no pair of tensors."""
-    if not isinstance(batch, (tuple, list)):
-        return _kind(batch)
-    return " and ".join(map(_kind, batch)) if len(batch) == 2 else f"{len(batch)} parts"
+def _told(whole: Any) -> str:
+    """Say what a batch is that holds no inputs and targets."""
+    if not isinstance(whole, (tuple, list)):
+        return _kind(whole)
+    return " and ".join(map(_kind, whole)) if len(whole) == 2 else f"{len(whole)} parts"
 
 
 def _kind(value: object) -> str:
@@ -211,7 +236,7 @@ def _refuse_unseen(subject: Subject, watch: Watch, *, lenient: bool) -> None:
     kind = type(subject.module).__name__
     instead = watch.layer if watch.layer_calls else None
     if not watch.calls_ever and (instead or not lenient):
-        raise NeverCalledError(
+        raise WiringError(
             f"{kind}.{subject.forward} was never called while training: name the call that runs a "
             "chunk with Subject(..., forward='...'), a method or a submodule"
             + (
@@ -219,7 +244,7 @@ def _refuse_unseen(subject: Subject, watch: Watch, *, lenient: bool) -> None:
                 if subject.train
                 else ""
             ),
-            instead,
+            {"forward": instead, "loss": None} if instead else {},  # it returns no prediction
         )
 
 

@@ -30,7 +30,7 @@ def locate(x: Tensor, live: Any, pristine: Tensor) -> Tensor | None:
 
 
 def _by_memory(x: Tensor, live: Tensor) -> Tensor | None:
-    if live.dim() > 3 or not live.is_contiguous() or x.dtype != live.dtype:
+    if live.dim() > 3 or x.dtype != live.dtype or (live.dim() > 2 and live.stride(2) != 1):
         return None
     if x.untyped_storage().data_ptr() != live.untyped_storage().data_ptr():
         return None
@@ -42,16 +42,22 @@ def _by_memory(x: Tensor, live: Tensor) -> Tensor | None:
     for dim in range(rows):
         steps = torch.arange(x.shape[dim]) * x.stride(dim)
         offset = offset.unsqueeze(-1) + steps
-    return _unflattened(offset, live.shape[0], live.shape[1], width)
+    return _unflattened(offset, live)
 
 
-def _unflattened(offset: Tensor, sequences: int, steps: int, width: int) -> Tensor | None:
-    if bool((offset % width != 0).any()):
+def _unflattened(offset: Tensor, live: Tensor) -> Tensor | None:
+    """Return (sequence, time step) of each row from where it lies behind the batch's first."""
+    strides = [live.stride(dim) if live.shape[dim] > 1 else 0 for dim in (0, 1)]
+    far = 0 if strides[0] >= strides[1] else 1
+    found = [torch.zeros_like(offset), torch.zeros_like(offset)]
+    for dim in (far, 1 - far):
+        if strides[dim]:
+            found[dim] = torch.div(offset, strides[dim], rounding_mode="floor")
+            offset = offset - found[dim] * strides[dim]
+    outside = [(n < 0) | (n >= size) for n, size in zip(found, live.shape, strict=False)]
+    if bool((offset != 0).any() or outside[0].any() or outside[1].any()):
         return None
-    row = offset // width
-    if bool(((row < 0) | (row >= sequences * steps)).any()):
-        return None
-    return torch.stack((row // steps, row % steps), dim=-1)
+    return torch.stack(found, dim=-1)
 
 
 def _by_value(x: Tensor, pristine: Tensor) -> Tensor | None:

@@ -83,8 +83,9 @@ def chunks_tile_the_sequence(trace: Trace) -> Iterator[Finding]:
     if len(known) < len(trace.chunks):
         yield NotJudged("inputs of forward that are the batch's own, not made from them")
         return
-    for batch, due in enumerate(trace.plan):
+    for batch, planned in enumerate(trace.plan):
         chunks = [chunk for chunk in known if chunk.batch == batch]
+        due = planned if trace.planned else _as_drawn(chunks, planned)
         if trace.halt and (not chunks or len(chunks) < len(due)):
             # What was not reached is the halt's doing; judge as far as training came.
             due = due[: len(chunks)]
@@ -152,7 +153,8 @@ def a_batch_knows_nothing_of_the_one_before(trace: Trace) -> Iterator[Finding]:
 def state_crosses_every_boundary(link: Link) -> Iterator[Finding]:
     """A chunk starts from exactly the state in which the chunk before it ended."""
     before, given = link.before, link.chunk.given
-    if before is None or given is None or link.chunk.starts_batch:
+    within = link.contract.carry == "within"
+    if before is None or given is None or (link.chunk.starts_batch and within):
         yield NotJudged("a case of at least two chunks")
         return
     assert before.outcome is not None
@@ -166,7 +168,9 @@ def state_crosses_every_boundary(link: Link) -> Iterator[Finding]:
         return
     found = leaves(given.calls[0].state)
     where = f"{link.chunk}, incoming state"
-    if not found:
+    if link.contract.carry == "flagged":
+        yield from _neither_carried_nor_fresh(link.chunk, found, due[-1], leaves(given.initial))
+    elif not found:
         yield Violation(where, "none", f"the one {_beside(link.chunk, before)} ended in")
     elif not any(same_leaves(found, alternative) for alternative in due):
         yield from _state_differences(link.chunk, found, due[-1])
@@ -185,6 +189,9 @@ def state_starts_afresh_with_each_batch(link: Link) -> Iterator[Finding]:
     before, given = link.before, link.chunk.given
     if before is None or given is None or not link.chunk.starts_batch:
         yield NotJudged("a case of at least two batches")
+        return
+    if link.contract.carry != "within":
+        yield NotJudged("a contract by which each batch starts afresh")
         return
     assert before.outcome is not None
     old = [leaf for state in before.outcome.states for leaf in leaves(state).values()]
@@ -219,8 +226,8 @@ def loss_is_the_chunks_own(link: Link) -> Iterator[Finding]:
     elif due.loss is None:
         unknown = "a loss" if due.partial else "inputs of forward that are the batch's own"
         yield NotJudged(due.missing or unknown)
-    elif not near(outcome.loss, due.loss, dtype=_dtype(link)):
-        yield Violation(f"{link.chunk}, loss", *told_apart(outcome.loss, due.loss))
+    elif not near(outcome.loss, link.share * due.loss, dtype=_dtype(link)):
+        yield Violation(f"{link.chunk}, loss", *told_apart(outcome.loss, link.share * due.loss))
     else:
         yield from _cotangent_differences(link)
 
@@ -245,6 +252,7 @@ def gradients_are_the_chunks_own(link: Link) -> Iterator[Finding]:
         yield from _gradient_differences(
             f"{link.chunk}, gradient of ", name, outcome, due.gradients
         )
+    yield from _lost_before_backward(link)
     yield from _changed_on_the_way(link)
 
 
@@ -255,7 +263,7 @@ def gradients_span_the_whole_chunk(link: Link) -> Iterator[Finding]:
     for path, name in _cut_off(link.chunk):
         where = f"{link.chunk}, incoming {path}"
         yield Violation(where, f"{name}'s value, detached", "attached to it, for it to be learned")
-    starts = {start for start, _ in link.plan}
+    starts = link.starts
     for before, after in pairwise(link.chunk.pieces):
         if after[0] not in starts:
             where = f"{link.chunk}, state at time step {after[0]}"
@@ -308,12 +316,17 @@ def each_chunk_updates_once(link: Link) -> Iterator[Finding]:
     if not outcome.complete:
         yield NotJudged("a backward that comes to its end")
         return
-    starts = {start for start, _ in link.plan}
+    starts = link.starts
     pieces = link.chunk.pieces
-    if len(pieces) > 1 and all(start in starts for start, _ in pieces):
+    together = len(pieces) > 1 and all(start in starts for start, _ in pieces)
+    if together and not link.contract.adds_up:
         yield Violation(f"{link.chunk}, updates", f"1 for the chunks {_listed(pieces)}", "1 each")
         return
     counts = Counter(id(rule.optimizer) for rule in outcome.rules)
+    if not link.closes:
+        for count in sorted({*counts.values()}):
+            yield Violation(f"{link.chunk}, updates", str(count), "0, for more chunks share it")
+        return
     if counts:
         for i, parameters in enumerate(outcome.optimizers):
             if not parameters & _updated(outcome):
@@ -391,6 +404,17 @@ def _tiles(
     yield from _accounted("inputs", chunks, due, sequences, lambda c: c.inputs)
     if all(chunk.targets is not None for chunk in chunks):
         yield from _accounted("targets", chunks, due, sequences, lambda c: c.targets or ())
+
+
+def _as_drawn(chunks: Sequence[Chunk], whole: Sequence[Span]) -> Sequence[Span]:
+    """Return the chunks found, if one begins where the other ends, from the first step to the last.
+
+    Those are due where lengths are drawn at random; otherwise any that are.
+    """
+    found = [span for chunk in chunks for span in chunk.pieces or [chunk.span] if span is not None]
+    stops = [0, *(stop for _, stop in found)]
+    follow = all(start == stop for (start, _), stop in zip(found, stops, strict=False))
+    return found if follow and stops[-1] == whole[-1][1] else whole
 
 
 def _spans(chunk: Chunk, due: Sequence[Span]) -> Sequence[Span | None]:
@@ -518,6 +542,22 @@ def _reordered(state: Tensors, lanes: Sequence[int], into: Sequence[int]) -> Ite
             yield {path: leaf.index_select(dim, order) for path, leaf in state.items()}
 
 
+def _neither_carried_nor_fresh(
+    chunk: Chunk, found: Tensors, carried: Tensors, fresh: Tensors
+) -> Iterator[Finding]:
+    """Find a row of the state that neither goes on from the chunk before nor starts afresh."""
+    others = list(fresh.values())
+    for (path, leaf), due in zip(found.items(), carried.values(), strict=False):
+        if leaf.dim() == 0 or leaf.shape != due.shape:
+            continue
+        for row, went_on in zip(*(t.reshape(-1, t.shape[-1]) for t in (leaf, due)), strict=True):
+            if same(row, went_on) or not bool(row.any()) or _has_row(others, row):
+                continue
+            wrong = difference(path, row, went_on)
+            yield Violation(f"{chunk}, incoming {wrong.entry}", *wrong.told)
+            return
+
+
 def _row_in_common(leaf: Tensor, old: Sequence[Tensor], fresh: Sequence[Tensor]) -> Tensor | None:
     """Return a row of `leaf` that a state from before has, but no fresh state; None if none."""
     if leaf.dim() == 0 or not leaf.is_floating_point() or not leaf.numel():
@@ -556,8 +596,8 @@ def _cotangent_differences(link: Link) -> Iterator[Finding]:
     """Compare how the loss depends on each prediction: equal losses need not look at the same."""
     outcome = _outcome(link)
     for found, due in zip(outcome.cotangents, link.expected.cotangents, strict=False):
-        if due is not None and found is not None and not close(found, due):
-            wrong = difference("prediction", found, due)
+        if due is not None and found is not None and not close(found, link.share * due):
+            wrong = difference("prediction", found, link.share * due)
             yield Violation(f"{link.chunk}, slope of the loss by {wrong.entry}", *wrong.told)
 
 
@@ -590,6 +630,19 @@ def _cleared(outcome: Outcome) -> bool:
     return not any(bool(g.any()) for rule in outcome.rules for g in rule.handed.values())
 
 
+def _lost_before_backward(link: Link) -> Iterator[Finding]:
+    """Where chunks share an update, the gradients of those before stay until it comes."""
+    before = link.before.outcome if link.before else None
+    if link.opens or before is None:
+        return
+    standing = _outcome(link).standing
+    found = {n: standing.get(n, torch.zeros_like(g)) for n, g in before.gradients.items()}
+    for wrong in _first(worst(found, before.gradients)):
+        where = f"{link.chunk}, gradient of {wrong.entry} before backward"
+        lost, due = wrong.told
+        yield Violation(where, lost, f"{due}, as the chunks before left it")
+
+
 def _changed_on_the_way(link: Link) -> Iterator[Finding]:
     """Between backward and update, gradients may be clipped as promised, and nothing else."""
     outcome, contract = _outcome(link), link.contract
@@ -606,7 +659,7 @@ def _changed_on_the_way(link: Link) -> Iterator[Finding]:
     promised = contract.clips
     for rule in outcome.rules:
         names = {name for group in rule.groups for name in group["params"]}
-        left = {name: g for name, g in outcome.gradients.items() if name in names}
+        left = {name: g for name, g in outcome.met.items() if name in names}
         if not promised and is_clipped(left, rule.handed):
             continue
         due = clipped(left, norm=contract.clip_norm, value=contract.clip_value)

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tbptt_props.compare import close, near, near_slope, same, worst
+from tbptt_props.forward import Arguments, Forward
 from tbptt_props.graph import nodes_behind
 from tbptt_props.process import randomness, set_randomness
 from tbptt_props.state import leaves, map_tensors, value_of
-from tbptt_props.subject import ObservationError, Subject, resolve
+from tbptt_props.subject import ObservationError, Subject
 from tbptt_props.trace import (
     Call,
     Chunk,
@@ -194,29 +195,36 @@ def _load_values(module: nn.Module, given: Given) -> None:
     with torch.no_grad():
         for name, buffer in module.named_buffers():
             if name in given.buffers:
-                buffer.copy_(given.buffers[name])
+                put_buffer(module, name, buffer, given.buffers[name])
     for name, part in module.named_modules():
         part.__dict__.update(value_of(given.attributes.get(name, {})))
     set_randomness(given.randomness)
 
 
+def put_buffer(module: nn.Module, name: str, buffer: Tensor, value: Tensor) -> None:
+    """Give a buffer a value, which may be of another shape: a state kept there grows with B."""
+    if buffer.shape == value.shape:
+        buffer.copy_(value)
+        return
+    head, _, tail = name.rpartition(".")
+    setattr(module.get_submodule(head), tail, value.clone())
+
+
 def _forward(subject: Subject, given: Given, state: Any) -> tuple[list[Tensor], Any]:
     """Repeat the calls of a chunk; only the first one starts from a state that was handed in."""
-    call_forward = resolve(subject.module, subject.forward)
     predictions: list[Tensor] = []
+    forward = Forward(subject)
     for i, call in enumerate(given.calls):
         if i and not call.attached:  # cut by the loop: whether it should be is judged elsewhere
             state = value_of(state)
-        prediction, state = _repeat(call_forward, call, state)
+        prediction, state = _repeat(forward, call, state)
         predictions.append(prediction)
     return predictions, state
 
 
-def _repeat(call_forward: Any, call: Call, state: Any) -> tuple[Tensor, Any]:
-    positional, named = value_of(call.others)
-    arguments = (value_of(call.x), state) if call.handed else (value_of(call.x),)
-    prediction, after = call_forward(*arguments, *positional, **named)
-    return prediction, after
+def _repeat(forward: Forward, call: Call, state: Any) -> tuple[Tensor, Any]:
+    arguments = Arguments(value_of(call.x), None, call.handed, value_of(call.others))
+    return forward.again(arguments, state)
 
 
 @torch.no_grad()
@@ -232,16 +240,16 @@ def _in_two(
     if steps < 2 or whole.dim() <= time or whole.shape[time] != steps:
         return None
     _load_values(subject.module, given)
-    call_forward = resolve(subject.module, subject.forward)
+    forward = Forward(subject)
     part = 1 if steps < 3 else 2  # two time steps, for a forward that treats a single one apart
     early, late = torch.split(first.x, [part, steps - part], dim=time)
-    before, midway = _repeat(call_forward, replace(first, x=early), value_of(first.state))
+    before, midway = _repeat(forward, replace(first, x=early), value_of(first.state))
     # A forward that looks ahead within the chunk, or takes its statistics as batch norm does, and
     # a state that grows with the time steps, legitimately depend on how the chunk is cut.
     shapes = [[leaf.shape for leaf in leaves(tree).values()] for tree in (again.state, midway)]
     if shapes[0] != shapes[1] or not close(before, whole.narrow(time, 0, part)):
         return None
-    _, carried = _repeat(call_forward, replace(first, x=late, handed=True), midway)
+    _, carried = _repeat(forward, replace(first, x=late, handed=True), midway)
     return tuple(worst(leaves(carried), leaves(again.state)))
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tbptt_props.case import Case
 from tbptt_props.subject import ObservationError
-from tbptt_props.trace import Trace, Violation, counted
+from tbptt_props.trace import Cause, Trace, Violation, counted
 
 MOST_VIOLATIONS = 4  # the first says it; the rest are the same in other words
 WIDTH = 100
+MOST_CAUSES = 3
 MOST_LINES = 8  # of one violation: an error of somebody else's may be as long as it likes
 
 
@@ -30,6 +31,7 @@ class Verdict:
     case: Case | None = None  # the smallest one that breaks it
     missing: str = ""  # why it was not judged
     judged: int = 0  # cases on which it was
+    causes: tuple[Cause, ...] = ()  # the mistakes that would break it so; several where all fit
 
     @property
     def status(self) -> str:
@@ -143,6 +145,15 @@ def _failure_lines(report: Report, verdict: Verdict) -> Iterator[str]:
         yield f"  and {more} more of the kind"
     yield ""
     yield from _wrapped(repr(verdict.case), first="  smallest case     ")
+    yield from _cause_lines(verdict.causes)
+
+
+def _cause_lines(causes: Sequence[Cause]) -> Iterator[str]:
+    if not causes:
+        yield "  likely cause      none of the known ones fits"
+    for cause in causes[:MOST_CAUSES]:
+        yield from _wrapped(cause.sentence, first="  likely cause      ")
+        yield from _wrapped(cause.fix, first="  try               ")
 
 
 def _one_line(text: str) -> str:

@@ -5,27 +5,28 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tbptt_props.batch import Parts
 from tbptt_props.case import Case
 from tbptt_props.contract import Contract
 
-Batches = Sequence[tuple[Tensor, Tensor]]
+Batches = Sequence[Any]
 
 
 class ObservationError(RuntimeError):
     """The kit cannot describe this subject; the message says what it needs."""
 
 
-class NeverCalledError(ObservationError):
-    """The call that should run a chunk is never made; `instead` names one that may be."""
+class WiringError(ObservationError):
+    """The subject is wired otherwise than it was told; `instead` are arguments that may fit it."""
 
-    def __init__(self, message: str, instead: str | None) -> None:
+    def __init__(self, message: str, instead: Mapping[str, Any]) -> None:
         super().__init__(message)
         self.instead = instead
 
@@ -42,9 +43,18 @@ class Subject:
             method or a submodule. A module whose own forward its loop never calls, and that has
             one recurrent layer of torch's, is judged by that layer's calls, without a loss.
             Inputs (B, K, I), predictions (B, K, O), or any other layout with the features last.
+        state: where the state is, if it is not forward's second argument and the second of what
+            it returns: the names of several arguments, returned in that order behind the
+            prediction, or of attributes of the module (`"hidden"`, `"core.h"`). Where forward
+            returns something else than a pair, it is tried out where the state may be.
         contract: what the loop promises.
-        batches: makes the batches of a case, a list of (inputs, targets) with sequences first and
-            time second; by default `case.tensors()`.
+        batches: makes the batches of a case, a list of whatever the loop takes; by default
+            `case.tensors()`, pairs of inputs (B, T, I) and targets (B, T, O).
+        parts: returns inputs (B, T, ...) and targets of such a batch, sequences first, as views of
+            it: `lambda ids: (ids[:, :-1], ids[:, 1:])`. Targets are (B, T, ...), one for each
+            sequence, or None. By default they are the batch's first and second tensor.
+        outputs: returns `(prediction, state)` of what forward returns, where that is no pair:
+            `lambda out: (out["logits"], out["past"])`.
         train: `train(module, batches)` trains a module that is no LightningModule.
         patience: seconds without any event after which training counts as hung.
 
@@ -56,8 +66,11 @@ class Subject:
     module: nn.Module
     loss: Callable[[Tensor, Tensor], Tensor] | None = field(default=None, kw_only=True)
     forward: str = field(default="forward", kw_only=True)
+    state: str | tuple[str, ...] = field(default=(), kw_only=True)
     contract: Contract = field(default_factory=Contract, kw_only=True)
     batches: Callable[[Case], Batches] | None = field(default=None, kw_only=True)
+    parts: Parts | None = field(default=None, kw_only=True)
+    outputs: Callable[[Any], tuple[Tensor, Any]] | None = field(default=None, kw_only=True)
     train: Callable[[Any, Batches], object] | None = field(default=None, kw_only=True)
     patience: float = field(default=60.0, kw_only=True)
 
@@ -69,10 +82,11 @@ class Subject:
             raise TypeError(f"loss must be callable, got loss={shortened(self.loss)}")
         if not isinstance(self.contract, Contract):
             raise TypeError(f"contract must be a Contract, got contract={shortened(self.contract)}")
-        for name in ("batches", "train"):
+        for name in ("batches", "parts", "outputs", "train"):
             given = getattr(self, name)
             if given is not None and not callable(given):
                 raise TypeError(f"{name} must be callable, got {name}={shortened(given)}")
+        object.__setattr__(self, "state", _names(self.state))
         if not isinstance(self.forward, str):
             raise TypeError(f"forward must be a name, got forward={shortened(self.forward)}")
         if not self.patience > 0:
@@ -111,6 +125,13 @@ class Subject:
         if inspect.ismethod(self.loss) and self.loss.__self__ is self.module:
             return self.loss.__func__.__get__(module)  # type: ignore[no-any-return]
         return copy.deepcopy(self.loss) if isinstance(self.loss, nn.Module) else self.loss
+
+
+def _names(state: object) -> tuple[str, ...]:
+    names = (state,) if isinstance(state, str) else state
+    if not isinstance(names, (tuple, list)) or not all(isinstance(n, str) for n in names):
+        raise TypeError(f"state must be a name or a tuple of names, got state={shortened(state)}")
+    return tuple(names)
 
 
 def require(subject: object, case: object) -> None:

@@ -43,6 +43,16 @@ Finding = Violation | NotJudged
 
 
 @dataclass(frozen=True)
+class Cause:
+    """A mistake that would show as a run did, and what to write instead."""
+
+    name: str
+    sentence: str
+    fix: str
+    explains: frozenset[str] = frozenset()  # the properties that it can break
+
+
+@dataclass(frozen=True)
 class Difference:
     """The entry in which two tensors of one name differ most."""
 
@@ -136,6 +146,13 @@ class Outcome:
     optimizers: tuple[frozenset[str], ...] = ()  # parameters of each that is known to train
     randomness: Any = None  # of torch, before forward
     complete: bool = True  # backward came to its end
+    standing: Tensors = field(default_factory=dict)  # gradients of chunks that share the update
+    left: Tensors = field(default_factory=dict)  # those and this chunk's, as backward left them
+
+    @property
+    def met(self) -> Tensors:
+        """The gradients that an update after this chunk is due to meet."""
+        return self.left or self.gradients
 
 
 @dataclass(frozen=True)
@@ -153,6 +170,8 @@ class Chunk:
     lanes: tuple[int, ...] = ()  # the sequence in each row of the batch; () where not known
     pieces: tuple[Span, ...] = ()  # where one backward ran over calls that are cut apart
     moved: bool = True  # its update changed some parameter
+    index: int = 0  # which of its batch's chunks it is
+    adds_up: bool = False  # its gradients are promised to stay for the next chunk's update
 
     def __str__(self) -> str:
         """Say which chunk this is, in a person's words."""
@@ -163,7 +182,8 @@ class Chunk:
         """Return the chunk with no more than the next one is held against: its states."""
         if self.outcome is None:
             return self
-        outcome = replace(self.outcome, cotangents=(), gradients={}, rules=(), moved=())
+        left = replace(self.outcome, gradients=self.outcome.met if self.adds_up else {})
+        outcome = replace(left, cotangents=(), rules=(), moved=(), standing={}, left={})
         return replace(self, given=None, outcome=outcome)
 
     def slim(self) -> Chunk:
@@ -200,6 +220,32 @@ class Link:
     expected: Expected
     plan: tuple[Span, ...] = ()  # the chunks due in this batch
     contract: Contract = field(default_factory=Contract)
+
+    @property
+    def starts(self) -> frozenset[int]:
+        """The time steps at which chunks are due to start."""
+        if not self.contract.planned:
+            return frozenset(start for start, _ in self.chunk.pieces)
+        return frozenset(start for start, _ in self.plan)
+
+    @property
+    def closes(self) -> bool:
+        """Whether an update is due after the chunk."""
+        last = self.chunk.index + max(1, len(self.chunk.pieces)) - 1
+        return self.contract.updates_after(last, len(self.plan))
+
+    @property
+    def opens(self) -> bool:
+        """Whether the chunk is the first after an update, or of all."""
+        index = self.chunk.index
+        return index == 0 or self.contract.updates_after(index - 1, len(self.plan))
+
+    @property
+    def share(self) -> float:
+        """By what the chunk's loss is promised to be multiplied."""
+        if len(self.chunk.pieces) > 1 or self.chunk.index >= len(self.plan):
+            return 1.0
+        return self.contract.share(self.chunk.index, self.plan)
 
 
 @dataclass(frozen=True)
@@ -238,6 +284,7 @@ class Trace:
 
     sizes: tuple[tuple[int, int], ...]  # (B, T) of each batch
     plan: tuple[tuple[Span, ...], ...]  # the chunks due, batch by batch
+    planned: bool = True  # whether it was known before how sequences are cut
     chunks: tuple[Chunk, ...] = ()
     halt: Halt | None = None
     outlived: tuple[str, ...] = ()  # chunks whose graph was alive when it was due to be gone

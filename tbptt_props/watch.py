@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import inspect
 import threading
 import weakref
 from bisect import bisect_left
@@ -29,12 +28,14 @@ from torch.optim.optimizer import (
 )
 
 from tbptt_props.aims import targets_of
+from tbptt_props.batch import Batch
 from tbptt_props.compare import difference, same, scaling
+from tbptt_props.forward import Arguments, Forward
 from tbptt_props.graph import any_within, nodes_behind, numbers_behind, sequence_number
 from tbptt_props.places import locate, span_of, time_first
 from tbptt_props.process import Hung, Watchdog, randomness
 from tbptt_props.state import leaves, value_of
-from tbptt_props.subject import ObservationError, Subject, resolve
+from tbptt_props.subject import ObservationError, Subject, WiringError
 from tbptt_props.trace import (
     Call,
     Chunk,
@@ -132,7 +133,9 @@ class _LiveChunk:
     through_lightning: bool | None = None
     evaluations: int = 1
     complete: bool = False
-    followed: bool = False  # the next chunk's forward has begun
+    index: int = 0
+    standing: Tensors = field(default_factory=dict)
+    left: Tensors = field(default_factory=dict)
 
 
 class Watch:
@@ -141,14 +144,15 @@ class Watch:
     def __init__(
         self,
         subject: Subject,
-        batches: Sequence[tuple[Tensor, Tensor]],
+        batches: Sequence[Batch],
         hand_on: Callable[[Chunk], None],
     ) -> None:
         """Watch `subject` on `batches`, of which pristine copies are kept."""
         self.subject = subject
         self.module = subject.module
         self.hand_on = hand_on
-        self.pristine = [(x.detach().clone(), y.detach().clone()) for x, y in batches]
+        self.pristine = [batch.copied() for batch in batches]
+        self.forward = Forward(subject)
         self.names = {id(p): name for name, p in self.module.named_parameters()}
         self.open: list[_LiveCall] = []
         self.current: _LiveChunk | None = None
@@ -167,7 +171,9 @@ class Watch:
         self.batch = -1
         self.fresh_batch = False
         self.changed: list[tuple[int, Difference]] = []
-        self.live_batch: Any = None
+        self.live_batch: Batch | None = None
+        self.in_batch = False
+        self.in_this_batch = 0  # chunks
         self.problem: BaseException | None = None
         self.announced: list[int] = []
         self.lightning_updates: Callable[[], int] | None = None
@@ -187,7 +193,7 @@ class Watch:
         self.initial_rules: list[Rule] = []
         self.keeps_first = False
         self.first: Chunk | None = None  # kept with its tensors, for a run of one chunk
-        longest = max((x.shape[1] for x, _ in self.pristine), default=0)
+        longest = max((batch.inputs.shape[1] for batch in self.pristine), default=0)
         self.watchdog = Watchdog(subject.patience, longest=longest)
 
     # What an adapter tells ------------------------------------------------------------------
@@ -197,11 +203,19 @@ class Watch:
         self.watchdog.turned()
         self._drop_open_calls()
         self.batch = index
-        self.fresh_batch = True
-        self.live_batch = batch
+        self.fresh_batch = self.in_batch = True
+        self.in_this_batch = 0
+        self.live_batch = self._taken_apart(batch)
         self.last_state = None  # a batch of which nothing is trained on ends in none
         if self.before_batch:
             self.before_batch(self)
+
+    def _taken_apart(self, whole: Any) -> Batch | None:
+        """Take the batch apart that the loop got; whoever trains may have wrapped or moved it."""
+        try:
+            return Batch.of(whole, self.subject.parts)
+        except Exception:
+            return None
 
     def batch_ended(self, index: int) -> None:
         """Note that the loop is done with batch `index`."""
@@ -250,7 +264,7 @@ class Watch:
     def on(self) -> Iterator[None]:
         """Watch within the block."""
         with contextlib.ExitStack() as undo:
-            undo.enter_context(self._wrapped_forward())
+            undo.enter_context(self.forward.replaced(self._called))
             if self.layer is not None:
                 layer = self.module.get_submodule(self.layer)
                 undo.callback(layer.register_forward_pre_hook(self._count_layer).remove)
@@ -266,26 +280,10 @@ class Watch:
     def _elsewhere(self) -> bool:
         return self.busy or threading.get_ident() != self.thread
 
-    @contextlib.contextmanager
-    def _wrapped_forward(self) -> Iterator[None]:
-        owner, name = owner_of(self.module, self.subject.forward)
-        original = getattr(owner, name)
-        own = name in vars(owner)
-
-        @functools.wraps(original)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if self._elsewhere() or not torch.is_grad_enabled() or self.live_batch is None:
-                return original(*args, **kwargs)
-            return self._forward(original, args, kwargs)
-
-        object.__setattr__(owner, name, forward)
-        try:
-            yield
-        finally:
-            if own:
-                object.__setattr__(owner, name, original)
-            else:
-                vars(owner).pop(name, None)
+    def _called(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if self._elsewhere() or not torch.is_grad_enabled() or not self.in_batch:
+            return original(*args, **kwargs)
+        return self._forward(original, args, kwargs)
 
     @contextlib.contextmanager
     def _wrapped_autograd(
@@ -311,7 +309,8 @@ class Watch:
 
     def _forward(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         with self._own_code():
-            arguments = Arguments.of(original, args, kwargs)
+            arguments = self.forward.arguments(args, kwargs)
+            before = {} if self.calls_ever else self.forward.candidates()
             self.calls_ever += 1
             self.watchdog.called(arguments.x)
             live = self._opened(arguments)
@@ -320,7 +319,7 @@ class Watch:
         live.opened = sequence_number()
         returned = original(*args, **kwargs)
         live.closed = sequence_number()
-        prediction, after = self._pair_returned(returned)
+        prediction, after = self._came_out(returned, arguments, before)
         with self._own_code():
             self.last_state = value_of(after)
             live.call = replace(
@@ -370,22 +369,27 @@ class Watch:
     def _places(self, x: Any) -> Tensor | None:
         if not isinstance(x, Tensor) or not 0 <= self.batch < len(self.pristine):
             return None
-        pair = _pair(self.live_batch)
-        live = pair[0] if pair else None
-        return locate(x, live, self.pristine[self.batch][0])
+        live = self.live_batch.inputs if self.live_batch else None
+        return locate(x, live, self.pristine[self.batch].inputs)
 
-    def _pair_returned(self, returned: Any) -> tuple[Tensor, Any]:
-        if (
-            isinstance(returned, (tuple, list))
-            and len(returned) == 2
-            and isinstance(returned[0], Tensor)
-        ):
-            return returned[0], returned[1]
-        raise self._fail(
-            f"{type(self.module).__name__}.{self.subject.forward} must return a pair "
-            f"(prediction, state) whose prediction is a tensor, got {_kind(returned)}; name "
-            "another call with Subject(..., forward='...') if this is not the one that runs a chunk"
+    def _came_out(
+        self, returned: Any, arguments: Arguments, before: Mapping[str, Any]
+    ) -> tuple[Tensor, Any]:
+        found = self.forward.came_out(returned)
+        if found is not None and (arguments.has_state or not before or self.forward.parameters[1:]):
+            return found
+        with self._own_code():
+            guessed = self.forward.guess(before, arguments, returned)
+        if found is not None and not guessed:
+            return found
+        self.problem = WiringError(
+            f"{type(self.module).__name__}.{self.subject.forward} must return a pair (prediction, "
+            f"state) whose prediction is a tensor, got {_kind(returned)}; name another call with "
+            "Subject(..., forward='...') if this is not the one that runs a chunk, or say where "
+            "the state is with Subject(..., state='...')",
+            {"state": guessed} if guessed else {},
         )
+        raise self.problem
 
     def _fail(self, message: str) -> ObservationError:
         """Keep the error too, for a loop that swallows exceptions."""
@@ -445,10 +449,20 @@ class Watch:
                     before = call.cotangent
                     call.cotangent = cotangent if before is None else before + cotangent
                 chunk.loss += sum(float(root.detach()) for root in roots)
-                chunk.gradients = self._gradients(handed=None)
+                self._take_gradients(chunk)
                 chunk.complete = True
             chunk.events.append("backward")
         return result
+
+    def _take_gradients(self, chunk: _LiveChunk) -> None:
+        """Copy the gradients that backward left; those that stood before are not the chunk's."""
+        chunk.gradients = self._gradients(handed=None)
+        if chunk.standing:
+            chunk.left = chunk.gradients
+            chunk.gradients = {
+                name: g - chunk.standing[name] if name in chunk.standing else g
+                for name, g in chunk.left.items()
+            }
 
     def _grad(self, run: Callable[[], Any], roots: list[Tensor]) -> Any:
         """Watch a call that returns gradients: if an update follows, it was the backward."""
@@ -572,6 +586,7 @@ class Watch:
             starts_batch=self.fresh_batch,
             step=step,
             leaks=self._leaks(calls, numbers),
+            index=self.in_this_batch,
             dirty=tuple(
                 name
                 for name, p in self.module.named_parameters()
@@ -583,9 +598,18 @@ class Watch:
             moved=followed,
             states=[calls[-1].call.state_after],
         )
+        if self.subject.contract.adds_up and not self._opens():
+            chunk.standing = {n: g for n, g in self._gradients(handed=None).items() if g.any()}
+            chunk.dirty = ()
         self.fresh_batch = False
+        self.in_this_batch += 1
         self.current = chunk
         return chunk
+
+    def _opens(self) -> bool:
+        """Tell whether an update is due before the chunk that begins, or nothing."""
+        before = self.in_this_batch - 1
+        return before < 0 or self.subject.contract.updates_after(before, before + 2)
 
     def _leaks(self, calls: list[_LiveCall], numbers: list[int]) -> tuple[Leak, ...]:
         """Find the paths from a loss's nodes into those of chunks gone by."""
@@ -655,7 +679,7 @@ class Watch:
         self._take_tentative()
         self._note_moves("the update")
         names = set(self._owned(optimizer))
-        known = self.current.gradients if self.current else None
+        known = (self.current.left or self.current.gradients) if self.current else None
         gradients = self._gradients(handed=known)
         return Rule(
             optimizer=optimizer,
@@ -793,101 +817,63 @@ class Watch:
                 states=tuple(live.states),
                 backward_through_lightning=live.through_lightning,
                 in_training_mode=live.mode,
-                scaled=tuple(scaling(live.gradients, rule.handed) for rule in live.rules),
+                scaled=tuple(
+                    scaling(live.left or live.gradients, rule.handed) for rule in live.rules
+                ),
                 optimizers=tuple(frozenset(self._owned(o)) for o in self.training.optimizers),
                 randomness=first.snapshot.randomness[0],
                 complete=live.complete,
+                standing=live.standing,
+                left=live.left,
             ),
             starts_batch=live.starts_batch,
             evaluations=live.evaluations,
             pieces=_pieces(live.calls),
             lanes=_lanes(places),
             moved=_has_moved(live.rules),
+            index=live.index,
+            adds_up=self.subject.contract.adds_up,
         )
 
     def _target(self, live: _LiveChunk, places: Tensor | None) -> Tensor | None:
         """Return the targets at the places that were fed, laid out as the inputs were."""
         if places is None or not 0 <= live.batch < len(self.pristine):
             return None
-        y = self.pristine[live.batch][1]
-        if self.subject.loss is None or bool((places < 0).any()):
+        batch = self.pristine[live.batch]
+        if batch.targets is None or self.subject.loss is None or bool((places < 0).any()):
             return None
-        return y[places[..., 0], places[..., 1]]
+        if batch.by_step:
+            return batch.targets[places[..., 0], places[..., 1]]
+        lanes = _lanes(places)
+        return batch.targets[list(lanes)] if lanes else None
 
     def _targets(self, live: _LiveChunk, places: Tensor | None) -> tuple[Place, ...] | None:
         """Tell which targets the loss looked at; None where that is not known."""
         if places is None or not live.complete or len(live.calls) != 1 or bool((places < 0).any()):
             return None
         call = live.calls[0]
-        y = self.pristine[live.batch][1]
-        prediction = call.call.prediction
-        if prediction is None or self.subject.loss is None:
+        batch = self.pristine[live.batch]
+        prediction, y = call.call.prediction, batch.targets if batch.by_step else None
+        if prediction is None or y is None or self.subject.loss is None:
             return None
         return targets_of(self.subject.loss, prediction, call.cotangent, live.loss, y, places)
 
     def _note_changes(self, index: int) -> None:
-        pair, self.live_batch = _pair(self.live_batch), None
-        if pair is None or not 0 <= index < len(self.pristine):
+        live, self.live_batch, self.in_batch = self.live_batch, None, False
+        if live is None or not 0 <= index < len(self.pristine):
             return
-        for name, now, before in zip(
-            ("inputs", "targets"), pair, self.pristine[index], strict=True
-        ):
-            if isinstance(now, Tensor) and now.shape == before.shape and not same(now, before):
-                self.changed.append((index, difference(name, now, before)))
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """The arguments of a forward: inputs, state, and whatever follows."""
-
-    x: Any
-    state: Any
-    has_state: bool
-    others: tuple[tuple[Any, ...], Mapping[str, Any]]
-    state_name: str | None
-
-    def replaced(self, state: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments with another state in the state's place."""
-        positional, named = self.others
-        return (self.x, state, *positional), dict(named)
-
-    @classmethod
-    def of(cls, forward: Callable[..., Any], args: Any, kwargs: Any) -> Arguments:
-        """Tell which argument is which: inputs come first, the state second."""
-        names = _parameter_names(forward)
-        values = dict(kwargs)
-        positional = list(args)
-        x = positional.pop(0) if positional else values.pop(names[0], None) if names else None
-        state_name = names[1] if len(names) > 1 else None
-        if positional:
-            return cls(x, positional.pop(0), True, (tuple(positional), values), state_name)
-        if state_name in values:
-            return cls(x, values.pop(str(state_name)), True, ((), values), state_name)
-        return cls(x, None, False, ((), values), state_name)
+        kept = self.pristine[index]
+        pairs = (("inputs", live.inputs, kept.inputs), ("targets", live.targets, kept.targets))
+        for name, now, before in pairs:
+            if now is None or before is None or now.shape != before.shape or same(now, before):
+                continue
+            self.changed.append((index, difference(name, now, before)))
 
 
 def _only_layer(module: nn.Module) -> str | None:
     """Name the module's one recurrent layer of torch's, if it has just one."""
     layers = [name for name, m in module.named_modules() if isinstance(m, nn.RNNBase) and name]
     return layers[0] if len(layers) == 1 else None
-
-
-def _parameter_names(forward: Callable[..., Any]) -> list[str]:
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
-    try:
-        parameters = inspect.signature(forward).parameters.values()
-    except (TypeError, ValueError):
-        return []
-    return [p.name for p in parameters if p.kind in kinds]
-
-
-def owner_of(module: nn.Module, name: str) -> tuple[Any, str]:
-    """Return the object and the attribute that a call of `name` on `module` ends in."""
-    found = resolve(module, name)
-    if isinstance(found, nn.Module):
-        return found, "forward"
-    head, _, tail = name.rpartition(".")
-    return (resolve(module, head) if head else module), tail
 
 
 def plain_attributes(module: nn.Module) -> dict[str, dict[str, Any]]:
@@ -964,12 +950,6 @@ def _as_places(places: Tensor | None) -> tuple[Place, ...]:
     if places is None:
         return ()
     return tuple((int(b), int(t)) for b, t in places.reshape(-1, 2).tolist())
-
-
-def _pair(batch: Any) -> tuple[Any, Any] | None:
-    if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        return batch[0], batch[1]
-    return None
 
 
 def _kind(value: Any) -> str:

@@ -281,12 +281,12 @@ USELESS_BATCHES: dict[str, tuple[list[Any], str]] = {
     ),
     "of one number each": (
         [(zeros(5), zeros(5))],
-        "batches[0] must have inputs (B, T, ...) and targets (B, T, ...) of the same B and T, "
-        "got (5,) and (5,)",
+        "batches[0] must have inputs (B, T, ...), got (5,)",
     ),
-    "of three parts": (
-        [(zeros(2, 5, 2), zeros(2, 5, 1), zeros(2, 5, 1))],
-        "batches[0] must be a pair of tensors (inputs, targets), got 3 parts",
+    "without targets": (
+        [zeros(2, 5, 2)],
+        "batches[0] must hold inputs and targets, got a Tensor: say which parts of it they are "
+        "with Subject(..., parts=...)",
     ),
     "with a target that is not a number": (
         [(zeros(2, 5, 2), with_one(torch.nan, 2, 5, 1))],
@@ -314,7 +314,7 @@ def test_batches_that_cannot_be_trained_on_are_refused(what: str) -> None:
     [
         [zeros(2, 5, 2)],
         (zeros(2, 5, 2), zeros(2, 5, 1)),
-        [{"inputs": zeros(2, 5, 2), "targets": zeros(2, 5, 1)}],
+        [{"inputs": zeros(2, 5, 2), "targets": "none"}],
         [([1.0, 2.0], [1.0, 2.0])],
         None,
     ],
@@ -523,7 +523,7 @@ def test_a_forward_that_returns_no_pair_is_told_what_is_due(
     assert str(refusal.value) == (
         f"{kind.__name__}.forward must return a pair (prediction, state) whose prediction is a "
         f"tensor, got {returned}; name another call with Subject(..., forward='...') if this is "
-        "not the one that runs a chunk"
+        "not the one that runs a chunk, or say where the state is with Subject(..., state='...')"
     )
 
 

@@ -192,7 +192,8 @@ def test_a_broken_property_can_be_raised() -> None:
         "\n"
         "  time steps 2-3, loss: 2, but should be 1\n"
         "\n"
-        "  smallest case     Case(batch=2, steps=2, chunk=2)"
+        "  smallest case     Case(batch=2, steps=2, chunk=2)\n"
+        "  likely cause      none of the known ones fits"
     )
 
 

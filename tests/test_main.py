@@ -58,6 +58,8 @@ self.manual_backward(loss)
 self.manual_backward(loss)
 
   smallest case     Case(steps=3, chunk=2, batches=2)
+  likely cause      Backward is called on the loss itself, past Lightning's precision and strategy
+  try               self.manual_backward(loss) in place of loss.backward()
 
 20 hold, 1 broken, 2 not judged
 """

@@ -8,8 +8,8 @@ import pytest
 
 import tbptt_props as tb
 from tbptt_props.judge import Property
-from tbptt_props.report import MOST_LINES, as_text, failure_text, line_of
-from tbptt_props.trace import Violation
+from tbptt_props.report import MOST_CAUSES, MOST_LINES, as_text, failure_text, line_of
+from tbptt_props.trace import Cause, Violation
 
 CASE = tb.Case(steps=5, chunk=4)
 LARGE = tb.Case(
@@ -24,12 +24,14 @@ HOLDS = tb.Verdict(
     "A chunk starts from exactly the state in which the chunk before it ended.",
     judged=1,
 )
+CAUSE = Cause("in_part", "One part of the state is attached", "state = detached(state)")
 BROKEN = tb.Verdict(
     "graph_crosses_no_boundary",
     "No path leads from a chunk's loss into the graph of an earlier chunk.",
     violations=(LEAK,),
     case=CASE,
     judged=1,
+    causes=(CAUSE,),
 )
 UNJUDGED = tb.Verdict(
     "each_chunk_draws_its_own_randomness",
@@ -44,7 +46,9 @@ graph_crosses_no_boundary{"broken for test_lit_rnn":>75}
 
   time steps 4-4, incoming state[1]: attached to the graph of time steps 0-3, but should be detached
 
-  smallest case     {CASE!r}"""
+  smallest case     {CASE!r}
+  likely cause      One part of the state is attached
+  try               state = detached(state)"""
 
 
 def many(count: int) -> tb.Verdict:
@@ -167,7 +171,34 @@ def test_the_smallest_case_is_no_wider_than_a_page() -> None:
     text = failure_text(REPORT, replace(BROKEN, case=LARGE))
 
     assert len(widest(text.splitlines())) <= WIDTH
-    assert eval(text.partition("smallest case ")[2].strip(), {"Case": tb.Case}) == LARGE
+    told = text.partition("smallest case ")[2].partition("likely cause")[0]
+    assert eval(told.strip(), {"Case": tb.Case}) == LARGE
+
+
+def causes_told(*causes: Cause) -> list[str]:
+    text = failure_text(REPORT, replace(BROKEN, causes=causes))
+    return text.partition(f"{CASE!r}\n")[2].splitlines()
+
+
+def test_causes_that_fit_alike_are_told_each_with_what_to_try_but_no_more_than_a_few() -> None:
+    causes = [replace(CAUSE, sentence=f"Mistake {n}", fix=f"fix {n}") for n in range(5)]
+
+    assert causes_told(*causes) == [
+        line
+        for n in range(MOST_CAUSES)
+        for line in (f"  likely cause      Mistake {n}", f"  try               fix {n}")
+    ]
+
+
+def test_a_failure_says_that_no_known_cause_fits_where_none_does() -> None:
+    assert causes_told() == ["  likely cause      none of the known ones fits"]
+
+
+def test_a_cause_is_no_wider_than_a_page() -> None:
+    told = causes_told(replace(CAUSE, sentence="mistake " * 20, fix="fix " * 40))
+
+    assert len(told) > 2
+    assert len(widest(told)) <= WIDTH
 
 
 def test_a_violation_is_no_wider_than_a_page() -> None:
@@ -202,9 +233,9 @@ def test_of_a_very_long_violation_the_middle_is_left_out(words: int, left_out: b
     lines = failure_text(REPORT, replace(BROKEN, violations=(violation,))).splitlines()
 
     assert lines[3].startswith("  batch 0: raised RuntimeError: again again")
-    assert "rnn.py:41   loss.backward(), but should be trained to the end" in lines[-3]
+    assert "rnn.py:41   loss.backward(), but should be trained to the end" in lines[-5]
     assert any("more lines" in line for line in lines) is left_out
-    assert len(lines) <= 3 + MOST_LINES + 2
+    assert len(lines) <= 3 + MOST_LINES + 4
     assert len(widest(lines)) <= WIDTH
 
 

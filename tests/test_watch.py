@@ -26,6 +26,7 @@ from torch.optim import LBFGS, SGD, Adam
 from torch.optim import optimizer as optimizers
 
 import tbptt_props as tb
+from tbptt_props.batch import Batch
 from tbptt_props.observation import observing
 from tbptt_props.process import Hung
 from tbptt_props.trace import Chunk, Given, Leak, Outcome
@@ -758,10 +759,10 @@ def watched(
     """Train while watching; return what training raised."""
     with observing(case):
         module.double()
-        batches = case.tensors()
+        batches = [Batch.of(pair, None) for pair in case.tensors()]
         watch = Watch(tb.Subject(module, loss=loss), batches, hand_on)
         with watch.on():
-            error = train(watch.subject, batches, watch)
+            error = train(watch.subject, [batch.whole for batch in batches], watch)
             watch.finished()
         return error
 
