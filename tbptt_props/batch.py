@@ -57,9 +57,16 @@ class Batch:
         changed = map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, self.whole)
         return Batch.of(changed, self.parts)
 
-    def cut(self, start: int, change: Callable[[Tensor], Tensor] = lambda cut: cut) -> Batch | None:
-        """Return it from time step `start` on; None where it is unclear how to cut it."""
+    def cut(
+        self,
+        start: int,
+        change: Callable[[Tensor], Tensor] = lambda cut: cut,
+        *,
+        stop: int | None = None,
+    ) -> Batch | None:
+        """Return it from time step `start` up to `stop`; None where it is unclear how to cut it."""
         sequences, steps = self.inputs.shape[:2]
+        left_out = 0 if stop is None else steps - stop
         first = self.inputs.stride(0) >= self.inputs.stride(1)  # sequences lie first in memory
 
         def cut(tensor: Tensor) -> Tensor:
@@ -67,24 +74,37 @@ class Batch:
                 return tensor
             for dim in (1, 0) if first else (0, 1):
                 if _runs_along(tensor, dim, sequences, steps):
-                    return change(tensor.narrow(dim, start, tensor.shape[dim] - start))
+                    return change(tensor.narrow(dim, start, tensor.shape[dim] - start - left_out))
             return tensor
 
         try:
             rest = Batch.of(map_tensors(cut, self.whole), self.parts)
         except ValueError:
             return None
-        due = (sequences, steps - start)
+        due = (sequences, steps - start - left_out)
         alike = rest.targets is not None and rest.targets.shape[:2] == due
         return rest if rest.inputs.shape[:2] == due and alike == self.by_step else None
 
 
 def first_two(whole: Any) -> tuple[Tensor, Tensor | None]:
-    """Take a batch's first two tensors for its inputs and its targets."""
+    """Take a batch's first two tensors for its inputs and its targets.
+
+    Raises:
+        ValueError: it holds none, or the second may be something else.
+    """
     tensors = list(leaves(whole).values())
     if not tensors:
         raise ValueError("holds no tensor")
-    return tensors[0], tensors[1] if len(tensors) > 1 else None
+    inputs, targets, *others = [*tensors, None][: max(2, len(tensors))]
+    assert inputs is not None
+    by_step = [t is not None and t.shape[:2] == inputs.shape[:2] for t in (targets, *others)]
+    if any(by_step) and not by_step[0]:  # lengths, say, and targets behind them
+        raise ValueError(
+            "must have its targets right behind its inputs, got "
+            f"{' '.join(str(tuple(t.shape)) for t in tensors)}: say which parts of it they are "
+            "with Subject(..., parts=...)"
+        )
+    return inputs, targets
 
 
 def _checked(parts: Any) -> tuple[Tensor, Tensor | None]:

@@ -386,7 +386,7 @@ def gradients_are_not_cleared(seen: Evidence) -> bool:
 
     Try: optimizer.zero_grad() before every chunk's backward
     """
-    return _legal(seen) and {*seen.updates} == {1} and _dirty(seen) and not _dirty_in_part(seen)
+    return _legal(seen) and not seen.lacks_updates and _dirty(seen) and not _dirty_in_part(seen)
 
 
 def gradients_are_cleared_in_part(seen: Evidence) -> bool:
@@ -394,7 +394,7 @@ def gradients_are_cleared_in_part(seen: Evidence) -> bool:
 
     Try: optimizer.zero_grad(), or self.zero_grad(), for all parameters that are updated
     """
-    return _legal(seen) and {*seen.updates} == {1} and _dirty(seen) and _dirty_in_part(seen)
+    return _legal(seen) and not seen.lacks_updates and _dirty(seen) and _dirty_in_part(seen)
 
 
 def gradients_are_cleared_before_the_update(seen: Evidence) -> bool:
@@ -410,7 +410,7 @@ def no_update_is_made(seen: Evidence) -> bool:
 
     Try: optimizer.step() after every chunk's backward
     """
-    return bool(seen.looks) and not any(seen.updates) and not _moved_besides(seen)
+    return seen.lacks_updates and not any(seen.updates) and not _moved_besides(seen)
 
 
 def parameters_are_updated_by_hand(seen: Evidence) -> bool:
@@ -418,7 +418,7 @@ def parameters_are_updated_by_hand(seen: Evidence) -> bool:
 
     Try: optimizer.step() in place of the subtraction
     """
-    return not any(seen.updates) and _moved_besides(seen)
+    return seen.lacks_updates and not any(seen.updates) and _moved_besides(seen)
 
 
 def two_updates_are_made(seen: Evidence) -> bool:
@@ -436,7 +436,7 @@ def tail_gets_no_update(seen: Evidence) -> bool:
     """
     without = [look.updates == 0 for look in seen.looks]
     short = [_length(look.chunk.span) < seen.chunk for look in seen.looks]
-    return _legal(seen) and any(short) and without == short
+    return seen.lacks_updates and _legal(seen) and without == short
 
 
 def every_nth_chunk_gets_an_update(seen: Evidence) -> bool:
@@ -446,7 +446,8 @@ def every_nth_chunk_gets_an_update(seen: Evidence) -> bool:
     """
     first = seen.updates.index(1) if 1 in seen.updates else 0
     due = [int((i + 1) % (first + 1) == 0) for i in range(len(seen.updates))]
-    return first > 0 and seen.updates == due and not _at_the_end_of_each_batch(seen)
+    regular = first > 0 and seen.updates == due
+    return seen.lacks_updates and regular and not _at_the_end_of_each_batch(seen)
 
 
 def one_update_per_batch(seen: Evidence) -> bool:
@@ -455,7 +456,7 @@ def one_update_per_batch(seen: Evidence) -> bool:
     Try: optimizer.step() inside the loop over chunks, after each one's backward
     """
     by_hand = not automatic_optimization_is_on(seen)
-    return by_hand and 0 in seen.updates and _at_the_end_of_each_batch(seen)
+    return by_hand and seen.lacks_updates and _at_the_end_of_each_batch(seen)
 
 
 def one_backward_per_batch(seen: Evidence) -> bool:
@@ -465,7 +466,7 @@ def one_backward_per_batch(seen: Evidence) -> bool:
     """
     starts = [{start for start, _ in look.plan} for look in seen.looks]
     pieces = [look.chunk.pieces for look in seen.looks]
-    return any(
+    return ONCE in seen.broken and any(
         len(cut) > 1 and all(start in due for start, _ in cut)
         for cut, due in zip(pieces, starts, strict=True)
     )

@@ -44,6 +44,7 @@ class Look:
     calls: int  # of forward
     events: tuple[str, ...]  # calls of forward in a row are told once
     updates: int  # of one optimizer
+    closes: bool  # an update is due
     dirty: frozenset[str]  # parameters whose gradient was not clear before backward
     graded: frozenset[str]  # those that have one after it
     ungraded: frozenset[str]  # those that could have one and have none
@@ -83,6 +84,11 @@ class Evidence:
         return self.trace.halt.error if self.trace.halt else ""
 
     @property
+    def lacks_updates(self) -> bool:
+        """Whether some update that is due was not made."""
+        return any(look.closes and not look.updates for look in self.looks)
+
+    @property
     def updates(self) -> list[int]:
         """How many updates each chunk had."""
         return [look.updates for look in self.looks]
@@ -111,7 +117,7 @@ class Looking:
         outcome = link.chunk.outcome
         if outcome is None or link.chunk.given is None:
             return
-        if link.chunk.starts_batch:
+        if link.chunk.starts_batch and link.contract.carry == "within":
             self.ends = []
         if not self.looks:
             self.initial = leaves(link.chunk.given.calls[0].state)
@@ -151,7 +157,7 @@ def _look(link: Link, carried: frozenset[str], *, another: bool) -> Look:
     chunk, outcome, due = link.chunk, link.chunk.outcome, link.expected
     assert outcome is not None
     assert chunk.given is not None
-    graded = frozenset(name for name, g in outcome.gradients.items() if bool(g.any()))
+    graded = frozenset(name for name, g in outcome.met.items() if bool(g.any()))
     owned = frozenset().union(*outcome.optimizers) or chunk.given.trainable
     predictions = [call.prediction for call in chunk.given.calls]
     return Look(
@@ -160,7 +166,8 @@ def _look(link: Link, carried: frozenset[str], *, another: bool) -> Look:
         calls=len(chunk.given.calls),
         events=_events(outcome),
         updates=max(Counter(id(rule.optimizer) for rule in outcome.rules).values(), default=0),
-        dirty=frozenset(outcome.dirty) & owned,
+        closes=link.closes,
+        dirty=frozenset(outcome.dirty) & owned if link.opens else frozenset(),
         graded=graded,
         ungraded=(chunk.given.trainable & owned) - graded,
         cleared=_cleared(outcome),
@@ -172,8 +179,8 @@ def _look(link: Link, carried: frozenset[str], *, another: bool) -> Look:
         carried=carried,
         effect=due.state_matters,
         loss=outcome.loss,
-        due=due.loss,
-        ratio=_ratio(outcome, due),
+        due=None if due.loss is None else link.share * due.loss,
+        ratio=_ratio(outcome, due, link.share),
         entries=sum(p.numel() for p in predictions if p is not None),
         scored=_scored(chunk, outcome),
         moved=bool(outcome.moved),
@@ -184,13 +191,14 @@ def _look(link: Link, carried: frozenset[str], *, another: bool) -> Look:
     )
 
 
-def _ratio(outcome: Outcome, due: Expected) -> float:
+def _ratio(outcome: Outcome, due: Expected, share: float) -> float:
     """Return the factor between the loss and the one that is due; 1 where none is known."""
     if not due.loss:
         return 1.0
-    ratio = outcome.loss / due.loss
+    ratio = outcome.loss / (share * due.loss)
     slopes = zip(outcome.cotangents, due.cotangents, strict=False)
-    alike = (one is None or other is None or close(one, other * ratio) for one, other in slopes)
+    factor = ratio * share
+    alike = (one is None or other is None or close(one, other * factor) for one, other in slopes)
     return ratio if all(alike) else math.nan
 
 
@@ -200,15 +208,13 @@ def _events(outcome: Outcome) -> tuple[str, ...]:
 
 
 def _cleared(outcome: Outcome) -> bool:
-    left = any(bool(g.any()) for g in outcome.gradients.values())
+    left = any(bool(g.any()) for g in outcome.met.values())
     met = any(bool(g.any()) for rule in outcome.rules for g in rule.handed.values())
     return bool(outcome.rules) and left and not met
 
 
 def _untouched(rule: Rule, outcome: Outcome) -> bool:
-    return all(
-        n in outcome.gradients and same(g, outcome.gradients[n]) for n, g in rule.handed.items()
-    )
+    return all(n in outcome.met and same(g, outcome.met[n]) for n, g in rule.handed.items())
 
 
 def _scored(chunk: Chunk, outcome: Outcome) -> tuple[bool, ...]:
@@ -224,7 +230,7 @@ def _carried(link: Link, ends: Sequence[Tensors], initial: Tensors) -> frozenset
     """Say in which ways the incoming state may have come from what was due; none if it is that."""
     assert link.chunk.given is not None
     found, due = leaves(link.chunk.given.calls[0].state), ends[-1] if ends else {}
-    if not due or same_leaves(found, due) or _has_moved_rows(link):
+    if not due or same_leaves(found, due) or _may_differ(link):
         return frozenset()
     if not found:
         return frozenset({"missing"})
@@ -234,9 +240,11 @@ def _carried(link: Link, ends: Sequence[Tensors], initial: Tensors) -> frozenset
     return frozenset(ways or {"otherwise"})
 
 
-def _has_moved_rows(link: Link) -> bool:
+def _may_differ(link: Link) -> bool:
+    """Tell whether rows of the state may start afresh or have changed places, as they should."""
     before = link.before.lanes if link.before else ()
-    return bool(before and link.chunk.lanes) and before != link.chunk.lanes
+    moved = bool(before and link.chunk.lanes) and before != link.chunk.lanes
+    return moved or link.contract.carry == "flagged"
 
 
 Pairs = Sequence[tuple[Tensor, Tensor]]  # of what was found and what was due, part by part

@@ -6,15 +6,17 @@ Shapes: B sequences, K time steps in a chunk, I inputs, O outputs.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tbptt_props.process import randomness, set_randomness
 from tbptt_props.state import leaves, map_tensors, value_of
 from tbptt_props.subject import Subject, resolve
 
@@ -43,11 +45,20 @@ class Forward:
         self.name = subject.forward
         self.outputs = subject.outputs
         self.owner, self.attribute = _owner_of(self.module, subject.forward)
-        self.parameters = _parameter_names(getattr(self.owner, self.attribute))
-        self.kept = tuple(n for n in subject.state if n not in self.parameters)
-        self.handed = tuple(n for n in subject.state if n in self.parameters)
+        self.parameters, self.by_position, self.takes_any = _parameters_of(
+            getattr(self.owner, self.attribute)
+        )
+        self.handed = tuple(n for n in subject.state if self._takes(n))
+        self.kept = tuple(n for n in subject.state if n not in self.handed)
+        others = [name for name in self.parameters if name not in self.handed]
+        self.inputs = next(iter(others), "")
         if not subject.state:
             self.handed = tuple(self.parameters[1:2])
+
+    def _takes(self, name: str) -> bool:
+        """Tell whether a name is an argument's; any may be, where it takes all there are."""
+        anything = self.takes_any and resolve(self.module, name) is None
+        return name in self.parameters or anything
 
     @contextlib.contextmanager
     def replaced(self, replacement: Callable[[Original, Any, Any], Any]) -> Iterator[None]:
@@ -69,12 +80,13 @@ class Forward:
                 vars(self.owner).pop(self.attribute, None)
 
     def arguments(self, args: Any, kwargs: Mapping[str, Any]) -> Arguments:
-        """Tell which argument is which: inputs come first, the others go by their names."""
-        positional = [*args] or [kwargs.get(next(iter(self.parameters), ""))]
-        x, *others = positional
-        named = {n: value for n, value in kwargs.items() if args or n != self.parameters[0]}
-        named |= dict(zip(self.parameters[1:], others, strict=False))
-        rest = tuple(others[max(0, len(self.parameters) - 1) :])
+        """Tell which argument is which: the first that is no state is the inputs."""
+        named = {**kwargs, **dict(zip(self.by_position, args, strict=False))}
+        rest = tuple(args[len(self.by_position) :])
+        if rest and not self.by_position:
+            x, rest = rest[0], rest[1:]
+        else:
+            x = named.pop(self.inputs, None)
         if self.kept:
             return Arguments(x, self._read(), True, (rest, named))
         if not self.parameters and rest:  # nothing is known of what it takes
@@ -95,12 +107,21 @@ class Forward:
         handed = dict(zip(self.handed, states, strict=False))
         return self._arranged(arguments.x, {**named, **handed}, rest)
 
+    def handed_over(self, arguments: Arguments) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what to call with, with the state in its place if there is one."""
+        if arguments.has_state:
+            return self.put(arguments, arguments.state)
+        rest, named = arguments.others
+        return self._arranged(arguments.x, dict(named), rest)
+
     def _arranged(
         self, x: Any, named: dict[str, Any], rest: tuple[Any, ...]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Hand over by position what can be: some take nothing by name."""
-        positional = [x]
-        for name in self.parameters[1:]:
+        if not self.by_position:
+            return (x, *rest), named
+        named, positional = {**named, self.inputs: x}, []
+        for name in self.by_position:
             if name not in named:
                 break
             positional.append(named.pop(name))
@@ -126,11 +147,7 @@ class Forward:
         Raises:
             TypeError: it returns something else than it did.
         """
-        if arguments.has_state:
-            args, kwargs = self.put(arguments, state)
-        else:
-            rest, named = arguments.others
-            args, kwargs = self._arranged(arguments.x, dict(named), rest)
+        args, kwargs = self.handed_over(replace(arguments, state=state))
         found = self.came_out(getattr(self.owner, self.attribute)(*args, **kwargs))
         if found is None:
             raise TypeError("forward returns no pair (prediction, state) here")
@@ -139,22 +156,22 @@ class Forward:
 
     def _read(self) -> dict[str, Any]:
         found = {name: resolve(self.module, name) for name in self.kept}
-        return {name: value for name, value in found.items() if value is not None}
+        return {name: _own(value) for name, value in found.items() if value is not None}
 
     def _write(self, state: Mapping[str, Any]) -> None:
         for name in self.kept:
             head, _, tail = name.rpartition(".")
             owner = resolve(self.module, head) if head else self.module
-            setattr(owner, tail, map_tensors(_no_leaf, state.get(name)))
+            setattr(owner, tail, map_tensors(_no_leaf, _own(state.get(name))))
 
     # Finding out where the state is ---------------------------------------------------------
 
     def candidates(self) -> dict[str, Any]:
-        """Copy the attributes in which the module may keep a state."""
+        """Copy the attributes in which the module may keep a state, be there none in it yet."""
         return {
             name: value_of(value)
             for name, value in _attributes(self.module)
-            if leaves(value) and not isinstance(value, nn.Parameter)
+            if (value is None or leaves(value)) and not isinstance(value, nn.Parameter)
         }
 
     def guess(
@@ -162,17 +179,49 @@ class Forward:
     ) -> tuple[str, ...]:
         """Guess where the state is from one call: which further arguments, or which attributes.
 
-        The attributes are tried out, by calling it again: do not train on with this module.
+        The attributes are tried out, by calling it again; what that changes is put back.
         """
-        if isinstance(returned, (tuple, list)) and len(returned) > 2 and not self.kept:
-            names = tuple(self.parameters[1 : len(returned)])
-            return names if len(names) == len(returned) - 1 else ()
+        if isinstance(returned, (tuple, list)) and len(returned) > 1 and not self.kept:
+            found = self._among_arguments(arguments, returned[1:])
+            if found or len(returned) > 2:
+                return found
         if not isinstance(returned, (Tensor, tuple, list)):
             return ()
+        return self._among_attributes(before, arguments)
+
+    def _among_arguments(self, arguments: Arguments, returned: Sequence[Any]) -> tuple[str, ...]:
+        """Name as many arguments as are returned behind the prediction, if they are like those.
+
+        Where nothing was handed over yet, what is returned has to be of one shape: an LSTM's pair
+        is, a state and a mask are not.
+        """
+        _, named = arguments.others
+        if len(returned) == 1:
+            return tuple(named) if self.takes_any and len(named) == 1 else ()
+        if arguments.has_state:
+            named = {**named, **dict.fromkeys(self.handed, arguments.state)}
+        others = [name for name in self.parameters if name != self.inputs]
+        names = tuple(others[: len(returned)])
+        handed = [named[name] for name in names if name in named]
+        if len(names) < len(returned) or len(handed) not in (0, len(names)):
+            return ()
+        known = [_shapes(value) for value in handed if value is not None]
+        came = list(map(_shapes, returned))
+        return names if came == (known or came[:1] * len(came)) else ()
+
+    def _among_attributes(self, before: Mapping[str, Any], arguments: Arguments) -> tuple[str, ...]:
         after = self.candidates()
         changed = [name for name in after if not _alike(after[name], before.get(name))]
-        with torch.no_grad():
-            return tuple(name for name in changed if self._depends_on(name, after, arguments))
+        attached = {name for name in changed if self._has_graph(name)}
+        with torch.no_grad(), _undone(self.module):
+            found = [name for name in changed if self._depends_on(name, after, arguments)]
+        # A running average, on which the prediction depends too, is a buffer without a graph.
+        averages = dict(self.module.named_buffers()).keys() - attached
+        kept = [name for name in found if name not in averages]
+        return tuple(kept if attached & {*found} else found)
+
+    def _has_graph(self, name: str) -> bool:
+        return any(leaf.requires_grad for leaf in leaves(resolve(self.module, name)).values())
 
     def _depends_on(self, name: str, values: Mapping[str, Any], arguments: Arguments) -> bool:
         """Tell whether what it returns depends on what an attribute held before."""
@@ -183,12 +232,7 @@ class Forward:
                 changed = map_tensors(change if other == name else torch.clone, value)
                 head, _, tail = other.rpartition(".")
                 setattr(resolve(self.module, head) if head else self.module, tail, changed)
-            rest, named = arguments.others
-            args, kwargs = (
-                self.put(arguments, arguments.state)
-                if arguments.has_state
-                else self._arranged(arguments.x, dict(named), rest)
-            )
+            args, kwargs = self.handed_over(arguments)
             try:
                 returned = getattr(self.owner, self.attribute)(*args, **kwargs)
             except Exception:  # it can't be called again: then nothing is known of it
@@ -197,9 +241,36 @@ class Forward:
         return not _alike(*outcomes)
 
 
+def _own(value: Any) -> Any:
+    """Copy an object that holds no tensor yet: the module may put some into it later."""
+    return value if leaves(value) else copy.copy(value)
+
+
 def _no_leaf(tensor: Tensor) -> Tensor:
     """Return a tensor of the same value that may be written in place, as attributes are."""
     return tensor * 1 if tensor.is_leaf and tensor.requires_grad else tensor
+
+
+@contextlib.contextmanager
+def _undone(module: nn.Module) -> Iterator[None]:
+    """Put back what calls within the block change: attributes, buffers and random numbers."""
+    before = randomness()
+    parts = [(vars(part), dict(vars(part))) for part in module.modules()]
+    buffers = [(part._buffers, dict(part._buffers)) for part in module.modules()]
+    values = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for now, then in (*parts, *buffers):
+            now.clear()
+            now.update(then)
+        for buffer, value in values:
+            buffer.data.copy_(value)  # no new version of it: a graph may have kept it
+        set_randomness(before)
+
+
+def _shapes(tree: Any) -> list[torch.Size]:
+    return [leaf.shape for leaf in leaves(tree).values()]
 
 
 def _moved(tensor: Tensor) -> Tensor:
@@ -220,20 +291,24 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
         prefix = f"{path}." if path else ""
         kinds = (Tensor, tuple, list, dict)
         for name, value in vars(part).items():
-            plain = isinstance(value, kinds) or hasattr(value, "__dataclass_fields__")
+            plain = value is None or isinstance(value, kinds) or is_dataclass(value)
             if plain and name not in inherited:
                 yield prefix + name, value
         for name, buffer in part.named_buffers(recurse=False):
             yield prefix + name, buffer
 
 
-def _parameter_names(forward: Original) -> list[str]:
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
+def _parameters_of(forward: Original) -> tuple[list[str], list[str], bool]:
+    """Return the names of all parameters, of those by position, and whether any name will do."""
     try:
         parameters = inspect.signature(forward).parameters.values()
     except (TypeError, ValueError):
-        return []
-    return [p.name for p in parameters if p.kind in kinds]
+        return [], [], False
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    by_position = [p.name for p in parameters if p.kind in kinds]
+    by_name = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    return by_position + by_name, by_position, takes_any
 
 
 def _owner_of(module: nn.Module, name: str) -> tuple[Any, str]:

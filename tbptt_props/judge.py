@@ -15,17 +15,20 @@ from hypothesis.errors import NoSuchExample, Unsatisfiable, UnsatisfiedAssumptio
 
 from tbptt_props.case import SIZES, Case
 from tbptt_props.causes import causes_of, likeliest
+from tbptt_props.contract import Contract
 from tbptt_props.evidence import Looking
 from tbptt_props.observation import Fresh, batches_of, made_ready, observing, rewired, run
 from tbptt_props.properties import OF_LINKS, OF_RUNS, PROPERTIES, LinkProperty, RunProperty
 from tbptt_props.rederivation import rederive
 from tbptt_props.report import Report, Verdict
+from tbptt_props.sensitivity import Change, Proof, proofs
 from tbptt_props.strategies import cases
 from tbptt_props.subject import ObservationError, Subject, require, shortened
-from tbptt_props.trace import Cause, Chunk, Finding, Link, NotJudged, Violation
+from tbptt_props.trace import Cause, Chunk, Finding, Link, NotJudged, Span, Violation
 
 Property = RunProperty | LinkProperty
 
+TELLING = 6  # cases, at most, on which a loop is broken on purpose
 TRIES = 50  # trainings to make a case smaller by hand, beyond Hypothesis' own
 
 
@@ -93,9 +96,16 @@ def _judge(
         for p in of_runs:
             judged[p.__name__].add(p(trace))
     broken = [name for name, findings in judged.items() if findings.violations]
-    causes = causes_of(looking.evidence(trace, broken, twin.contract.chunk or case.chunk))
+    causes = causes_of(looking.evidence(trace, broken, _longest(twin.contract, case, plans)))
     verdicts = tuple(judged[p.__name__].verdict(p, case, causes) for p in properties)
     return Report(name, verdicts, trace=trace)
+
+
+def _longest(contract: Contract, case: Case, plans: Sequence[Sequence[Span]]) -> int:
+    """Return K, the time steps of a full chunk."""
+    if contract.lengths is None:
+        return contract.chunk or case.chunk
+    return max(stop - start for plan in plans for start, stop in plan)
 
 
 def _looked_at(number: int) -> bool:
@@ -161,6 +171,7 @@ def verify(
     seed: int | None = None,
     properties: Sequence[Property] = PROPERTIES,
     on_case: Callable[[int, Report], object] | None = None,
+    sensitivity: bool = False,
     **fixed: int,
 ) -> Report:
     """Search for cases that break a property of what `build(case)` returns, and shrink them.
@@ -171,6 +182,8 @@ def verify(
         seed: makes the search repeatable; drawn anew if it is not given.
         properties: which to judge.
         on_case: told of each case's number and report while the search goes on.
+        sensitivity: whether to break the loop on purpose, in memory, to see which of the properties
+            that hold can fail here at all: `Verdict.proved_by`, `Report.vacuous`.
         fixed: sizes of a case that the subject can't vary, by name.
 
     Raises:
@@ -191,6 +204,8 @@ def verify(
         bench.shrunk(verdict, fixed, number, max_examples) if verdict.violations else verdict
         for verdict in report.verdicts
     )
+    if sensitivity:
+        verdicts = bench.proved(verdicts)
     return replace(report, verdicts=verdicts, examples=counted)
 
 
@@ -286,6 +301,44 @@ class Bench:
         found = [causes_in(report) for report in self.reports.values() if report.broken]
         broken = sum(bool(r[verdict.name].violations) for r in self.reports.values())
         return likeliest(found, verdict.name, broken=broken)
+
+    def proved(self, verdicts: Sequence[Verdict]) -> tuple[Verdict, ...]:
+        """Break the loop on purpose; note by what each property that holds was broken."""
+        held = [verdict.name for verdict in verdicts if verdict.status == "holds"]
+        by_name: dict[str, tuple[str, ...]] = dict.fromkeys(held, ())
+        for case in self._telling(by_name):
+            for proof in self._proofs(case, held):
+                for name in proof.broken.difference(
+                    name for name in held if proof.disturbance in by_name[name]
+                ):
+                    by_name[name] += (proof.disturbance,)
+        return tuple(replace(v, proved_by=by_name.get(v.name)) for v in verdicts)
+
+    def _telling(self, proved: Mapping[str, Sequence[str]]) -> Iterator[Case]:
+        """Yield a few cases, always the one on which most was judged that is not proved yet."""
+        left = dict(self.reports)
+        for _ in range(TELLING):
+            judged = {
+                case: sum(not proved.get(v.name, "-") for v in report.holds)
+                for case, report in left.items()
+            }
+            best = max(judged, key=lambda case: (judged[case], *(-n for n in measure(case))))
+            if not judged[best]:
+                return
+            del left[best]
+            yield best
+
+    def _proofs(self, case: Case, held: Sequence[str]) -> tuple[Proof, ...]:
+        def statuses(change: Change) -> dict[str, str]:
+            report = rewired(
+                lambda: self.fresh(case),
+                lambda wired: _in_its_dtype(
+                    lambda: change(wired()), case, self.properties, self.name
+                ),
+            )
+            return {verdict.name: verdict.status for verdict in report.verdicts}
+
+        return proofs(statuses, held)
 
     def shrunk(
         self, verdict: Verdict, fixed: Mapping[str, int], number: int, max_examples: int

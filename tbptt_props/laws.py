@@ -49,6 +49,7 @@ class Checkpoint:
     updates: int
     state: Any = None
     handed: bool = False
+    layout: Any = None  # of the inputs with which to go on
 
 
 @dataclass
@@ -95,7 +96,8 @@ class Bookmarks:
         if places is None or not places.numel() or int(places[..., 1].min()) != self.where[1]:
             return
         state = _left(watch, places, arguments.state)
-        self.boundary = _checkpoint(watch, self.where[1], state, arguments.has_state)
+        left = _checkpoint(watch, self.where[1], state, arguments.has_state)
+        self.boundary = replace(left, layout=_layout(arguments.x))
 
     def _before_batch(self, watch: Watch) -> None:
         if 0 < watch.batch == len(self.plan) - 1:
@@ -121,6 +123,11 @@ def _checkpoint(watch: Watch, start: int, state: Any = None, handed: bool = Fals
         state=map_tensors(same_layout, state),
         handed=handed,
     )
+
+
+def _layout(x: Any) -> Any:
+    """Return how inputs lie in memory, on which the order of a kernel's sums may depend."""
+    return [leaf.stride() for leaf in leaves(x).values()]
 
 
 def _left(watch: Watch, places: Tensor, handed: Any) -> Any:
@@ -262,7 +269,8 @@ def _gone_on(
         error = going_on.watchdog.over(lambda: train(subject, wholes, going_on, skip=left.batch))
     if error is not None:
         return Rerun(where, problem=f"the fresh run raised {type(error).__name__}: {error}")
-    return Rerun(where, first, ending(subject.module, going_on.training, going_on.state))
+    second = ending(subject.module, going_on.training, going_on.state)
+    return Rerun(where, first, second, bitwise=going_on.layout == left.layout)
 
 
 def _alike(rerun: Rerun) -> bool:
@@ -287,6 +295,7 @@ class _GoingOn:
         self.training = Training()
         self.loaded = False
         self.entered: dict[str, Tensor] | None = None
+        self.layout: Any = None
         self.state: Any = None
         self.watchdog = Watchdog(subject.patience, longest=longest)
 
@@ -330,6 +339,7 @@ class _GoingOn:
             return False
         handed = leaves((arguments.x, arguments.state))
         if self.entered is None:
+            self.layout = _layout(arguments.x)
             self.entered = {path: leaf.detach().clone() for path, leaf in handed.items()}
             set_randomness(self.left.randomness)
         again = handed.keys() == self.entered.keys() and all(

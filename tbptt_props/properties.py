@@ -472,12 +472,13 @@ def _ends_alike(rerun: Rerun, *, bitwise: bool) -> Iterator[Finding]:
     assert rerun.first is not None
     assert rerun.second is not None
     first, second = rerun.first, rerun.second
+    exact = bitwise and rerun.bitwise
     for part in ("parameters", "buffers", "memory", "state"):
         one, other = getattr(first, part), getattr(second, part)
         if bitwise and one.keys() != other.keys():
             names = ", ".join(sorted(one.keys() ^ other.keys()))
             yield Violation(rerun.where, f"left {part} in one run only ({names})", "the same")
-        for wrong in worst(one, other, bitwise=bitwise):
+        for wrong in worst(one, other, bitwise=exact):
             yield Violation(f"{rerun.where}, {wrong.entry} at the end", *wrong.told)
 
 

@@ -31,6 +31,7 @@ class Verdict:
     case: Case | None = None  # the smallest one that breaks it
     missing: str = ""  # why it was not judged
     judged: int = 0  # cases on which it was
+    proved_by: tuple[str, ...] | None = None  # mistakes put in on purpose that broke it, if tried
     causes: tuple[Cause, ...] = ()  # the mistakes that would break it so; several where all fit
 
     @property
@@ -64,6 +65,11 @@ class Report:
     def not_judged(self) -> tuple[Verdict, ...]:
         """The properties of which nothing can be said, each with what is missing."""
         return self._of("not judged")
+
+    @property
+    def vacuous(self) -> tuple[Verdict, ...]:
+        """The properties that hold, and that no mistake put in on purpose could break."""
+        return tuple(verdict for verdict in self.holds if verdict.proved_by == ())
 
     def _of(self, status: str) -> tuple[Verdict, ...]:
         return tuple(verdict for verdict in self.verdicts if verdict.status == status)

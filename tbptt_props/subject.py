@@ -6,6 +6,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -56,6 +57,9 @@ class Subject:
         outputs: returns `(prediction, state)` of what forward returns, where that is no pair:
             `lambda out: (out["logits"], out["past"])`.
         train: `train(module, batches)` trains a module that is no LightningModule.
+        around: a context manager that is entered around each training, with the subject.
+        disturbed: changes each batch before the loop gets it, which the judge does not see. Like
+            `around`, it is there to break a loop on purpose.
         patience: seconds without any event after which training counts as hung.
 
     Raises:
@@ -72,6 +76,10 @@ class Subject:
     parts: Parts | None = field(default=None, kw_only=True)
     outputs: Callable[[Any], tuple[Tensor, Any]] | None = field(default=None, kw_only=True)
     train: Callable[[Any, Batches], object] | None = field(default=None, kw_only=True)
+    around: Callable[[Subject], AbstractContextManager[object]] | None = field(
+        default=None, kw_only=True
+    )
+    disturbed: Callable[[Any], Any] | None = field(default=None, kw_only=True)
     patience: float = field(default=60.0, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -82,7 +90,7 @@ class Subject:
             raise TypeError(f"loss must be callable, got loss={shortened(self.loss)}")
         if not isinstance(self.contract, Contract):
             raise TypeError(f"contract must be a Contract, got contract={shortened(self.contract)}")
-        for name in ("batches", "parts", "outputs", "train"):
+        for name in ("batches", "parts", "outputs", "train", "around", "disturbed"):
             given = getattr(self, name)
             if given is not None and not callable(given):
                 raise TypeError(f"{name} must be callable, got {name}={shortened(given)}")

@@ -276,6 +276,7 @@ class Rerun:
     second: Ending | None = None
     problem: str = ""  # the second run did not get that far
     missing: str = ""  # why there is nothing to compare
+    bitwise: bool = True  # its inputs lay in memory as they did before: sums have the same order
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,6 +24,15 @@ def train(
     subject: Subject, batches: Batches, watch: Watching, *, skip: int = 0
 ) -> BaseException | None:
     """Train the subject's module on the batches from number `skip` on."""
+    if subject.disturbed is not None:
+        batches = [subject.disturbed(batch) for batch in batches]
+    with subject.around(subject) if subject.around else nullcontext():
+        return _trained(subject, batches, watch, skip)
+
+
+def _trained(
+    subject: Subject, batches: Batches, watch: Watching, skip: int
+) -> BaseException | None:
     module = subject.module
     if subject.train is not None:
         return _with_function(subject.train, module, batches, watch, skip)

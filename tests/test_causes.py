@@ -257,6 +257,7 @@ def look(span: tuple[int, int] = (0, 2), **facts: object) -> Look:
         calls=1,
         events=("forward", "backward", "update"),
         updates=1,
+        closes=True,
         dirty=frozenset(),
         graded=frozenset({"a", "b"}),
         ungraded=frozenset(),
@@ -322,6 +323,15 @@ def test_a_mistake_with_an_effect_on_numbers_explains_whole_runs_too() -> None:
 
     assert named(twice, broken="each_chunk_updates_once") == ["two_updates_are_made"]
     assert named(twice, broken="one_chunk_is_one_ordinary_update") == ["two_updates_are_made"]
+
+
+@pytest.mark.parametrize(("due", "causes"), [(False, []), (True, ["one_update_per_batch"])])
+def test_an_update_is_missed_only_where_one_is_due(due: bool, causes: list[str]) -> None:
+    without = look(updates=0, closes=due, events=("forward", "backward"))
+
+    found = named(without, look((2, 4)), broken="a_run_can_be_resumed_at_any_boundary")
+
+    assert found == causes
 
 
 def test_nothing_broken_has_no_cause_whatever_was_seen() -> None:

@@ -15,7 +15,16 @@ from tbptt_props.strategies import cases
 
 
 def test_nothing_is_promised_by_default_but_the_textbook() -> None:
-    assert Contract() == Contract(chunk=None, tail="keep", clip_norm=None, clip_value=None)
+    assert Contract() == Contract(
+        chunk=None,
+        lengths=None,
+        tail="keep",
+        carry="within",
+        update="chunk",
+        weight="sum",
+        clip_norm=None,
+        clip_value=None,
+    )
 
 
 def test_a_promise_stays_as_it_is() -> None:
@@ -35,6 +44,33 @@ def test_a_promise_stays_as_it_is() -> None:
         ({"clip_norm": nan}, "clip_norm must be positive, got clip_norm=nan"),
         ({"clip_value": 0.0}, "clip_value must be positive, got clip_value=0.0"),
         ({"clip_value": -inf}, "clip_value must be positive, got clip_value=-inf"),
+        ({"carry": "never"}, "carry must be 'within', 'across', 'flagged', got carry='never'"),
+        ({"carry": None}, "carry must be 'within', 'across', 'flagged', got carry=None"),
+        ({"weight": "max"}, "weight must be 'sum', 'mean', 'steps', got weight='max'"),
+        ({"update": 0}, "update must be at least 1 chunk, got update=0"),
+        ({"update": -1}, "update must be at least 1 chunk, got update=-1"),
+        ({"update": True}, "update must be at least 1 chunk, got update=True"),
+        ({"update": 2.0}, "update must be at least 1 chunk, got update=2.0"),
+        ({"update": "sequence"}, "update must be at least 1 chunk, got update='sequence'"),
+        ({"lengths": 3}, "lengths must be a function of T or 'any', got 3"),
+        ({"lengths": "random"}, "lengths must be a function of T or 'any', got 'random'"),
+        ({"lengths": [3, 4]}, "lengths must be a function of T or 'any', got [3, 4]"),
+        *(
+            (
+                {"lengths": "any", **promise},
+                "lengths already says how chunks are cut: leave out chunk and tail",
+            )
+            for promise in ({"chunk": 3}, {"tail": "drop"})
+        ),
+        *(
+            (
+                {"weight": weight, "update": update},
+                "weight is about chunks that share an update: with update='chunk' each has its "
+                f"own, got weight={weight!r}",
+            )
+            for weight in ("mean", "steps")
+            for update in ("chunk", 1)
+        ),
         (
             {"clip_norm": 1.0, "clip_value": 0.5},
             "only one of clip_norm and clip_value can be promised, "
@@ -55,7 +91,24 @@ def test_a_chunk_that_is_no_whole_number_of_time_steps_is_refused(chunk: Any) ->
 
 @pytest.mark.parametrize(
     "promise",
-    [{"chunk": 1}, {"tail": "drop"}, {"clip_norm": 1e-9}, {"clip_norm": inf}, {"clip_value": 3}],
+    [
+        {"chunk": 1},
+        {"tail": "drop"},
+        {"clip_norm": 1e-9},
+        {"clip_norm": inf},
+        {"clip_value": 3},
+        {"lengths": "any"},
+        {"lengths": lambda steps: [steps]},
+        {"lengths": "any", "tail": "keep"},
+        {"carry": "across"},
+        {"carry": "flagged"},
+        {"update": "batch"},
+        {"update": 1},
+        {"update": 7},
+        {"update": "batch", "weight": "mean"},
+        {"update": 2, "weight": "steps"},
+        {"chunk": 3, "tail": "drop", "carry": "across", "update": "batch", "clip_norm": 1.0},
+    ],
 )
 def test_a_promise_somebody_can_keep_is_taken(promise: dict[str, Any]) -> None:
     contract = Contract(**promise)
@@ -111,3 +164,108 @@ def test_clipping_changes_nothing_about_the_plan() -> None:
 
     assert Contract(clip_norm=1.0).plan(case, 7) == Contract().plan(case, 7)
     assert Contract(clip_value=1.0).plan(case, 7) == Contract().plan(case, 7)
+
+
+# Lengths ------------------------------------------------------------------------------------
+
+
+def test_the_plan_is_as_a_function_of_t_says() -> None:
+    case = Case(steps=99, chunk=3)
+
+    assert Contract(lengths=lambda steps: [1, steps - 1]).plan(case, 7) == ((0, 1), (1, 7))
+    assert Contract(lengths=lambda steps: (steps,)).plan(case, 7) == ((0, 7),)
+    assert Contract(lengths=lambda steps: [1] * steps).plan(case, 3) == ((0, 1), (1, 2), (2, 3))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ([], "lengths must add up to T = 7, got []"),
+        ([3, 3], "lengths must add up to T = 7, got [3, 3]"),
+        ([3, 5], "lengths must add up to T = 7, got [3, 5]"),
+        ([7, 0], "each of lengths must be at least 1 time step, got each of lengths=0"),
+        ([8, -1], "each of lengths must be at least 1 time step, got each of lengths=-1"),
+        ([3.5, 3.5], "each of lengths must be at least 1 time step, got each of lengths=3.5"),
+    ],
+)
+def test_lengths_that_make_no_sequence_are_refused(lengths: list[Any], message: str) -> None:
+    contract = Contract(lengths=lambda steps: lengths)
+
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        contract.plan(Case(steps=7), 7)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1))
+def test_lengths_that_add_up_are_each_a_chunk(lengths: list[int]) -> None:
+    plan = Contract(lengths=lambda steps: lengths).plan(Case(), sum(lengths))
+
+    assert [stop - start for start, stop in plan] == lengths
+    assert [start for start, _ in plan[1:]] == [stop for _, stop in plan[:-1]]
+
+
+def test_where_lengths_are_drawn_at_random_nothing_is_planned_but_the_whole() -> None:
+    contract = Contract(lengths="any")
+
+    assert contract.plan(Case(steps=9, chunk=2), 7) == ((0, 7),)
+    assert not contract.planned
+    assert Contract().planned
+    assert Contract(lengths=lambda steps: [steps]).planned
+
+
+# Updates ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("update", "count", "due"),
+    [
+        ("chunk", 3, [True, True, True]),
+        (1, 3, [True, True, True]),
+        ("batch", 3, [False, False, True]),
+        ("batch", 1, [True]),
+        (2, 5, [False, True, False, True, True]),
+        (2, 4, [False, True, False, True]),
+        (3, 5, [False, False, True, False, True]),
+        (9, 2, [False, True]),
+    ],
+)
+def test_an_update_is_due_after_so_many_chunks_and_at_the_end(
+    update: Any, count: int, due: list[bool]
+) -> None:
+    contract = Contract(update=update)
+
+    assert [contract.updates_after(index, count) for index in range(count)] == due
+    assert contract.adds_up == (update not in ("chunk", 1))
+
+
+@given(st.integers(1, 6), st.integers(1, 20))
+def test_no_update_is_of_more_chunks_than_were_promised(every: int, count: int) -> None:
+    contract = Contract(update=every)
+    shared = 0
+
+    for index in range(count):
+        shared += 1
+        if contract.updates_after(index, count):
+            assert shared == every or index == count - 1
+            shared = 0
+
+    assert shared == 0
+
+
+PLAN = ((0, 3), (3, 6), (6, 7))
+
+
+@pytest.mark.parametrize(
+    ("weight", "due"),
+    [("sum", [1, 1, 1]), ("mean", [1 / 3, 1 / 3, 1 / 3]), ("steps", [3 / 7, 3 / 7, 1 / 7])],
+)
+def test_a_chunk_has_its_share_of_the_update(weight: Any, due: list[float]) -> None:
+    contract = Contract(update="batch", weight=weight)
+
+    assert [contract.share(index, PLAN) for index in range(3)] == pytest.approx(due, rel=1e-15)
+
+
+def test_time_steps_that_are_left_out_have_no_share() -> None:
+    contract = Contract(tail="drop", update="batch", weight="steps")
+    plan = contract.plan(Case(chunk=3), 7)
+
+    assert [contract.share(index, plan) for index in range(2)] == [0.5, 0.5]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
+from tbptt_props.contract import Contract
 from tbptt_props.evidence import WAYS, Look, Looking
 from tbptt_props.trace import (
     Call,
@@ -135,6 +136,40 @@ def test_a_state_that_is_not_of_real_numbers_or_of_another_layout_is_otherwise(
     seen = looks(link((0, 2), None, due), link((2, 4), found, due))
 
     assert seen[1].carried == {"otherwise"}
+
+
+def test_a_state_that_may_start_afresh_row_by_row_is_not_remarked() -> None:
+    contract = Contract(carry="flagged")
+    made = [link((0, 2), None, state(1)), link((2, 4), state(0), state(2))]
+
+    found = looks(*(replace(each, contract=contract) for each in made))
+
+    assert found[1].carried == frozenset()
+
+
+def test_a_state_that_is_promised_to_cross_from_batch_to_batch_is_looked_at_there() -> None:
+    made = [link((0, 2), None, state(1)), link((0, 2), state(0), state(2))]
+    across = [replace(each, contract=Contract(carry="across")) for each in made]
+
+    assert looks(*made)[1].carried == frozenset()
+    assert looks(*across)[1].carried == {"fresh"}
+
+
+def test_gradients_that_add_up_by_contract_are_not_remarked() -> None:
+    first, second = (link(span, None, None, dirty=("w",)) for span in ((0, 2), (2, 4)))
+    second = replace(second, chunk=replace(second.chunk, index=1))
+    shared = replace(second, contract=Contract(update="batch"))
+
+    assert looks(first, second)[1].dirty == {"w"}
+    assert looks(first, shared)[1].dirty == frozenset()
+
+
+def test_a_loss_that_is_weighted_by_contract_is_not_off() -> None:
+    made = link((0, 2), None, None, loss=0.25)
+    shared = replace(made, contract=Contract(update="batch", weight="mean"))
+
+    assert looks(made)[0].ratio == 0.25
+    assert looks(shared)[0].ratio == 1.0
 
 
 def test_updates_are_counted_by_optimizer() -> None:

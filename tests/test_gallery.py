@@ -1,11 +1,15 @@
 """Strangers' loops: correct ones break nothing, broken ones break the right property."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
+import torch
 from gallery.broken import BROKEN
+from gallery.broken_shapes import BROKEN_SHAPES, SelfResetInForward, as_wired
 from gallery.correct import CORRECT
+from gallery.other_shapes import OTHER, Unusual, growing
+from torch.nn.functional import mse_loss
 
 import tbptt_props as tb
 
@@ -163,3 +167,128 @@ def test_a_loop_by_automatic_optimization_is_refused_with_what_to_do(name: str) 
 
 def test_every_broken_loop_is_judged() -> None:
     assert set(BROKEN) == set(RIGHT_PROPERTY) | REFUSED
+
+
+# Loops wired otherwise -----------------------------------------------------------------------
+
+# What has to be told of them; the others are found out.
+WIRED: dict[str, dict[str, Any]] = {
+    "dict_output": {"outputs": lambda out: (out["logits"], out["past"])},
+    "model_output": {"outputs": lambda out: (out.logits, out.past), "state": "past"},
+    "core_runs_chunks": {"forward": "core"},
+    "time_major_batches": {"parts": lambda b: (b[0].transpose(0, 1), b[1].transpose(0, 1))},
+    "shifted_tokens": {"parts": lambda ids: (ids[:, :-1], ids[:, 1:])},
+    "next_input": {"parts": lambda x: (x[:-1].transpose(0, 1), x[1:].transpose(0, 1))},
+    "named_batches": {"parts": lambda batch: (batch.input, batch.target)},
+    "pair_of_inputs": {"parts": lambda batch: (batch[0][0], batch[1])},
+    "episode_mask": {"state": "state"},
+    "speaker_ids": {"state": "state"},
+    "reset_flag": {"state": "hidden"},
+    "stream": {"contract": tb.Contract(carry="across")},
+    "stream_of_chunks": {"contract": tb.Contract(carry="across")},
+    "chunk_per_batch": {"contract": tb.Contract(carry="flagged")},
+    "update_per_sequence": {"contract": tb.Contract(update="batch", weight="steps")},
+    "summed_losses": {"contract": tb.Contract(update="batch")},
+    "accumulates_two": {"contract": tb.Contract(update=2)},
+    "mean_of_two": {"contract": tb.Contract(update=2, weight="mean")},
+    "random_lengths": {"contract": tb.Contract(lengths="any")},
+    "growing_lengths": {"contract": tb.Contract(lengths=growing)},
+}
+
+WIRED_CASES = (
+    *CASES,
+    tb.Case(batch=2, steps=11, chunk=2, inputs=2, hidden=3, outputs=2, batches=1, seed=0),
+    tb.Case(batch=2, steps=3, chunk=5, inputs=2, hidden=3, outputs=1, batches=2, seed=16),
+)
+
+# Right loops that are called wrong: defects of the judge's, each with what it gets wrong.
+MISJUDGED = {
+    "random_lengths": "a batch run alone draws other lengths: the generator is not handed on",
+    "growing_lengths": "the rest of a sequence is cut in another way than it was as a part",
+    "mean_of_two": "the rest of a batch has fewer chunks to take the mean of",
+    "positions": "a number that the loop resets is put back before the loop, not at the boundary",
+    "reset_flag": "a second run is told to reset at the boundary; a state to be reset is no fault",
+}
+
+
+def wired(unusual: Unusual, **told: Any) -> tb.Subject:
+    def batches(case: tb.Case) -> list[Any]:
+        return unusual.batches
+
+    train: Any = unusual.train
+    return tb.Subject(unusual.module, loss=unusual.loss, batches=batches, train=train, **told)
+
+
+def judged_as_wired(
+    build: Callable[[tb.Case], Unusual], told: Mapping[str, Any]
+) -> tuple[set[str], set[str]]:
+    """Return the names of the properties that are broken on some case, and that hold on some."""
+    broken: set[str] = set()
+    held: set[str] = set()
+    for case in WIRED_CASES:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(case.seed)
+            unusual = build(case)
+        report = tb.check(wired(unusual, **told), case)
+        broken |= {verdict.name for verdict in report.broken}
+        held |= {verdict.name for verdict in report.holds}
+    return broken, held - broken
+
+
+def but_for(misjudged: Mapping[str, str]) -> list[Any]:
+    return [
+        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=misjudged[name]))
+        if name in misjudged
+        else name
+        for name in OTHER
+    ]
+
+
+@pytest.mark.parametrize("name", but_for(MISJUDGED))
+def test_a_right_loop_that_is_wired_otherwise_breaks_nothing(name: str) -> None:
+    _, build = OTHER[name]
+
+    broken, held = judged_as_wired(build, WIRED.get(name, {}))
+
+    assert broken == set()
+    assert len(held) >= LEAST_HELD.get(name, 17), "a run that judges next to nothing proves nothing"
+
+
+# Fewer are judged where the kit is told or can see less.
+LEAST_HELD = {"pair_of_inputs": 16}
+
+
+@pytest.mark.parametrize("name", BROKEN_SHAPES)
+def test_a_broken_loop_that_is_wired_otherwise_breaks_the_right_property(name: str) -> None:
+    loop, _, _, due = BROKEN_SHAPES[name]
+
+    broken, _ = judged_as_wired(as_wired(name), WIRED.get(loop, {}))
+
+    assert due in broken
+
+
+def test_a_state_that_has_no_effect_has_to_be_told_and_then_breaks_the_right_property() -> None:
+    case = CASES[0]
+    module = SelfResetInForward(case.inputs, case.hidden, case.outputs, case.chunk)
+
+    with pytest.raises(
+        tb.ObservationError, match=r"say where the state is with Subject\(\.\.\., st"
+    ):
+        tb.check(tb.Subject(module, loss=mse_loss), case)
+    report = tb.check(tb.Subject(module, loss=mse_loss, state="hidden"), case)
+
+    assert "state_crosses_every_boundary" in {verdict.name for verdict in report.broken}
+
+
+def test_a_state_that_comes_first_can_be_told() -> None:
+    told = {"forward": "unroll", "state": "carry", "outputs": lambda out: (out[1], out[0])}
+
+    broken, held = judged_as_wired(OTHER["state_first"][1], told)
+
+    assert broken == set()
+    assert len(held) > 20
+
+
+def test_everything_told_is_told_of_a_loop_that_is_there() -> None:
+    assert OTHER.keys() >= {*WIRED, *MISJUDGED, *LEAST_HELD}
+    assert OTHER.keys() >= {loop for loop, *_ in BROKEN_SHAPES.values()}

@@ -92,11 +92,87 @@ def test_inputs_are_found_by_their_numbers_where_the_loops_own_batch_is_no_help(
     assert_places(found, PLACES[:, 2:5])
 
 
-def test_inputs_of_a_batch_that_is_not_contiguous_are_found_by_their_numbers() -> None:
-    live = inputs(2).transpose(0, 1).contiguous().transpose(0, 1)
-    assert not live.is_contiguous()
+STRIDED: dict[str, Layout] = {
+    "time first in memory": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    "time first, one more at the end": lambda t: torch.cat(
+        [t.transpose(0, 1), t.transpose(0, 1)[:1]]
+    )[:-1].transpose(0, 1),
+    "one more time step before": lambda t: torch.cat([t[:, :1], t], dim=1)[:, 1:],
+    "one more time step behind": lambda t: torch.cat([t, t[:, :1]], dim=1)[:, :-1],
+    "every other sequence": lambda t: t.repeat_interleave(2, dim=0)[::2],
+    "every other time step of more": lambda t: t.repeat_interleave(2, dim=1)[:, ::2],
+    "more features than it shows": lambda t: torch.cat([t, t], dim=-1)[..., : t.shape[-1]],
+}
 
-    assert_places(locate(live[:, 2:5], live, live.clone()), PLACES[:, 2:5])
+
+def batch_of_ones(layout: str, features: tuple[int, ...]) -> Tensor:
+    return STRIDED[layout](torch.ones(3, 7, *features))
+
+
+def is_view(x: Tensor, of: Tensor) -> bool:
+    return x.untyped_storage().data_ptr() == of.untyped_storage().data_ptr()
+
+
+STRIDED_VIEWS = [
+    (layout, name, features)
+    for layout in STRIDED
+    for features in ((), (2,))
+    if features or layout != "more features than it shows"
+    for live in [batch_of_ones(layout, features)]
+    for name, view in VIEWS.items()
+    if is_view(view(live), live)
+]
+
+
+@pytest.mark.parametrize(("layout", "name", "features"), STRIDED_VIEWS)
+def test_a_view_of_a_batch_of_any_strides_is_found(
+    layout: str, name: str, features: tuple[int, ...]
+) -> None:
+    live = batch_of_ones(layout, features)
+
+    found = locate(VIEWS[name](live), live, live.clone())
+
+    assert not live.is_contiguous()
+    assert_places(found, VIEWS[name](PLACES))
+
+
+@pytest.mark.parametrize("layout", STRIDED)
+def test_inputs_of_a_batch_that_is_not_contiguous_are_found_by_their_numbers(layout: str) -> None:
+    live = STRIDED[layout](inputs(2))
+
+    assert_places(locate(live[:, 2:5].clone(), live, live.clone()), PLACES[:, 2:5])
+
+
+def test_the_targets_of_shifted_tokens_are_not_taken_for_other_inputs() -> None:
+    ids = torch.zeros(3, 8, dtype=torch.int64)
+    live = ids[:, :-1]
+
+    assert_places(locate(ids[:, 2:5], live, live.clone()), PLACES[:, 2:5])
+    assert_places(locate(ids[:, 1:7], live, live.clone()), PLACES[:, 1:7])
+    assert locate(ids[:, 5:8], live, live.clone()) is None
+
+
+def test_what_lies_beside_a_batch_in_memory_is_not_the_batchs() -> None:
+    larger = torch.ones(5, 9, 2)
+    live = larger[1:4, 1:8]
+
+    assert locate(larger[:1, 1:4], live, live.clone()) is None
+    assert locate(larger[4:, 1:4], live, live.clone()) is None
+    assert locate(larger[1:4, :3], live, live.clone()) is None
+    assert locate(larger[1:4, 6:9], live, live.clone()) is None
+    assert_places(locate(larger[1:4, 3:6], live, live.clone()), PLACES[:, 2:5])
+
+
+@pytest.mark.parametrize("sizes", [(1, 7), (3, 1), (1, 1)])
+@pytest.mark.parametrize("time_first", [False, True])
+def test_a_batch_of_one_sequence_or_one_time_step_is_found(
+    sizes: tuple[int, int], time_first: bool
+) -> None:
+    live = torch.ones(*sizes, 2)
+    if time_first:
+        live = live.transpose(0, 1).contiguous().transpose(0, 1)
+
+    assert_places(locate(live, live, live.clone()), places_of(*sizes))
 
 
 def test_a_view_is_found_where_the_batch_is_a_part_of_something_larger() -> None:

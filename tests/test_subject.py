@@ -3,6 +3,7 @@
 import re
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from tbptt_props.case import Case
 from tbptt_props.contract import Contract
-from tbptt_props.subject import ObservationError, Subject, resolve
+from tbptt_props.subject import ObservationError, Subject, WiringError, resolve
 from tbptt_ref.module import TruncatedRNN
 
 pytestmark = [
@@ -74,6 +75,11 @@ def module() -> Weighted:
         ({"contract": {"chunk": 3}}, "contract must be a Contract, got contract={'chunk': 3}"),
         ({"batches": [1]}, "batches must be callable, got batches=[1]"),
         ({"train": "fit"}, "train must be callable, got train='fit'"),
+        ({"parts": (0, 1)}, "parts must be callable, got parts=(0, 1)"),
+        ({"outputs": "logits"}, "outputs must be callable, got outputs='logits'"),
+        ({"state": None}, "state must be a name or a tuple of names, got state=None"),
+        ({"state": ("h", 1)}, "state must be a name or a tuple of names, got state=('h', 1)"),
+        ({"state": {"h"}}, "state must be a name or a tuple of names, got state={'h'}"),
         ({"forward": None}, "forward must be a name, got forward=None"),
     ],
 )
@@ -120,6 +126,9 @@ def test_what_is_left_out_has_its_default() -> None:
     assert subject.forward == "forward"
     assert subject.contract == Contract()
     assert subject.batches is None
+    assert subject.state == ()
+    assert subject.parts is None
+    assert subject.outputs is None
     assert subject.train is None
     assert subject.patience == 60.0
 
@@ -142,6 +151,22 @@ def test_a_name_means_what_python_says_it_does() -> None:
     assert resolve(own, "core.rnn.hidden_size") == 2
     assert resolve(own, "missing") is None
     assert resolve(own, "missing.core") is None
+
+
+@pytest.mark.parametrize(
+    ("state", "due"),
+    [("h", ("h",)), (("h", "c"), ("h", "c")), (["core.h"], ("core.h",)), ((), ()), ([], ())],
+)
+def test_a_state_is_said_by_one_name_or_several(state: Any, due: tuple[str, ...]) -> None:
+    assert Subject(module(), loss=mse_loss, state=state).state == due
+
+
+def test_a_wiring_error_says_what_may_fit_instead() -> None:
+    error = WiringError("it is kept elsewhere", {"state": ("hidden",)})
+
+    assert isinstance(error, ObservationError)
+    assert str(error) == "it is kept elsewhere"
+    assert error.instead == {"state": ("hidden",)}
 
 
 # Copies -------------------------------------------------------------------------------------
@@ -180,6 +205,12 @@ def test_a_copy_is_of_the_same_kind_and_says_the_same() -> None:
 
     def train(module: nn.Module, batches: object) -> None: ...
 
+    def parts(batch: Any) -> tuple[Tensor, Tensor]:
+        return batch[1], batch[0]
+
+    def outputs(returned: Any) -> tuple[Tensor, Any]:
+        return returned["y"], returned["state"]
+
     original = Subject(
         module(),
         loss=mse_loss,
@@ -187,14 +218,18 @@ def test_a_copy_is_of_the_same_kind_and_says_the_same() -> None:
         contract=Contract(chunk=3),
         batches=batches,
         train=train,
+        state=("h", "c"),
+        parts=parts,
+        outputs=outputs,
         patience=3.0,
     )
 
     copy = original.copied()
 
     assert type(copy.module) is Weighted
-    for name in ("loss", "forward", "contract", "batches", "train", "patience"):
-        assert getattr(copy, name) == getattr(original, name)
+    for item in fields(Subject):
+        if item.name != "module":
+            assert getattr(copy, item.name) == getattr(original, item.name)
 
 
 def test_a_copy_keeps_dtype_and_mode_and_what_is_trained() -> None:

@@ -8,9 +8,10 @@ Shapes: B sequences, T time steps, K time steps in a chunk, I inputs, H hidden u
 # mypy: disable-error-code="no-untyped-call"
 # (torch annotates neither Tensor.split nor Tensor.backward)
 
+import random
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import lightning as L  # noqa: N812 -- as in Lightning's own examples
 import torch
@@ -197,6 +198,394 @@ class DictOutput(LightningModule):
 
     def configure_optimizers(self) -> optim.Optimizer:
         return optim.Adam(self.parameters(), lr=0.01)
+
+
+class Triple(LightningModule):
+    """`forward` takes h and c apart, and returns them apart."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.bptt = case.chunk
+        self.lstm = nn.LSTM(case.inputs, case.hidden, batch_first=True)
+        self.fc = nn.Linear(case.hidden, case.outputs)
+
+    def init_hidden(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        zeros = x.new_zeros(1, x.size(0), self.lstm.hidden_size)
+        return zeros, zeros.clone()
+
+    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        out, (h, c) = self.lstm(x, (h, c))
+        return self.fc(out), h, c
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        h, c = self.init_hidden(batch[0])
+        for x, y in zip(*(b.split(self.bptt, dim=1) for b in batch), strict=True):
+            out, h, c = self(x, h, c)
+            opt.zero_grad()
+            self.manual_backward(F.mse_loss(out, y))
+            opt.step()
+            h, c = h.detach(), c.detach()
+
+    def configure_optimizers(self) -> optim.Optimizer:
+        return optim.Adam(self.parameters(), lr=0.01)
+
+
+class DataclassOnSelf(LightningModule):
+    """The state is a dataclass in an attribute, made anew in each chunk."""
+
+    @dataclass
+    class Memory:
+        h: Tensor
+        c: Tensor
+
+        def detached(self) -> "DataclassOnSelf.Memory":
+            return DataclassOnSelf.Memory(self.h.detach(), self.c.detach())
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.truncate = case.chunk
+        self.cell = nn.LSTMCell(case.inputs, case.hidden)
+        self.head = nn.Linear(case.hidden, case.outputs)
+        self.memory: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.memory is None:
+            zeros = x.new_zeros(x.size(0), self.cell.hidden_size)
+            self.memory = self.Memory(zeros, zeros)
+        outs = []
+        for x_t in x.unbind(1):
+            h, c = self.cell(x_t, (self.memory.h, self.memory.c))
+            self.memory = self.Memory(h, c)
+            outs.append(self.head(h))
+        return torch.stack(outs, dim=1)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        xs, ys = batch
+        opt: Any = self.optimizers()
+        self.memory = None
+        for i in range(0, xs.size(1), self.truncate):
+            if self.memory is not None:
+                self.memory = self.memory.detached()
+            opt.zero_grad()
+            loss = F.mse_loss(self(xs[:, i : i + self.truncate]), ys[:, i : i + self.truncate])
+            self.manual_backward(loss)
+            opt.step()
+
+    def configure_optimizers(self) -> optim.Optimizer:
+        return optim.SGD(self.parameters(), lr=0.1)
+
+
+class DictOnSelf(LightningModule):
+    """The state is a dict in a private attribute, emptied for each batch."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.k = case.chunk
+        self.rnn = nn.GRU(case.inputs, case.hidden, batch_first=True)
+        self.head = nn.Linear(case.hidden, case.outputs)
+        self._state: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, h = self.rnn(x, self._state.get("h"))
+        self._state = {"h": h}
+        prediction: Tensor = self.head(out)
+        return prediction
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        self._state = {}
+        for x, y in zip(*(b.split(self.k, dim=1) for b in batch), strict=True):
+            opt.zero_grad()
+            self.manual_backward(F.mse_loss(self(x), y))
+            opt.step()
+            self._state = {name: value.detach() for name, value in self._state.items()}
+
+    def configure_optimizers(self) -> optim.Optimizer:
+        return optim.Adam(self.parameters(), lr=0.01)
+
+
+class DictInPlace(DictOnSelf):
+    """The dict stays the same one: its entry is written over, and taken out for each batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, self._state["h"] = self.rnn(x, self._state.get("h"))
+        prediction: Tensor = self.head(out)
+        return prediction
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        self._state.clear()
+        for x, y in zip(*(b.split(self.k, dim=1) for b in batch), strict=True):
+            opt.zero_grad()
+            self.manual_backward(F.mse_loss(self(x), y))
+            opt.step()
+            self._state["h"] = self._state["h"].detach()
+
+
+class ResetState(LightningModule):
+    """Layers in a list, each with its own h; `reset_state` forgets, `detach_state` cuts."""
+
+    class Layer(nn.Module):
+        def __init__(self, n_in: int, n_hid: int) -> None:
+            super().__init__()
+            self.cell = nn.GRUCell(n_in, n_hid)
+            self.reset_state()
+
+        def reset_state(self) -> None:
+            self.h: Tensor | None = None
+
+        def detach_state(self) -> None:
+            if self.h is not None:
+                self.h = self.h.detach()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.h = self.cell(x, self.h)
+            return self.h
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.tbptt_steps = case.chunk
+        sizes = (case.inputs, case.hidden, case.hidden)
+        self.layers = nn.ModuleList(map(self.Layer, sizes, sizes[1:]))
+        self.out = nn.Linear(case.hidden, case.outputs)
+
+    def reset_state(self) -> None:
+        for layer in self.layers:
+            layer.reset_state()  # type: ignore[operator]
+
+    def forward(self, x: Tensor) -> Tensor:
+        outs = []
+        for t in range(x.size(1)):
+            hidden = x[:, t]
+            for layer in self.layers:
+                hidden = layer(hidden)
+            outs.append(self.out(hidden))
+        return torch.stack(outs, dim=1)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        x, y = batch
+        opt: Any = self.optimizers()
+        self.reset_state()
+        for start in range(0, x.size(1), self.tbptt_steps):
+            chunk = slice(start, start + self.tbptt_steps)
+            opt.zero_grad()
+            self.manual_backward(F.mse_loss(self(x[:, chunk]), y[:, chunk]))
+            opt.step()
+            for layer in self.layers:
+                layer.detach_state()  # type: ignore[operator]
+
+    def configure_optimizers(self) -> optim.Optimizer:
+        return optim.Adam(self.parameters(), lr=0.01)
+
+
+class TwoAttributes(LightningModule):
+    """h and c in an attribute each, which are zeros of the right size for each batch."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.seq_len = case.chunk
+        self.lstm = nn.LSTM(case.inputs, case.hidden, batch_first=True)
+        self.linear = nn.Linear(case.hidden, case.outputs)
+        self.h_0 = self.c_0 = torch.zeros(1, 1, case.hidden)
+
+    def init_hidden(self, batch_size: int) -> None:
+        like = next(self.parameters())
+        self.h_0 = like.new_zeros(1, batch_size, self.lstm.hidden_size)
+        self.c_0 = like.new_zeros(1, batch_size, self.lstm.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, (self.h_0, self.c_0) = self.lstm(x, (self.h_0.detach(), self.c_0.detach()))
+        prediction: Tensor = self.linear(out)
+        return prediction
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        x, y = batch
+        opt: Any = self.optimizers()
+        self.init_hidden(len(x))
+        for i in range(0, x.size(1), self.seq_len):
+            loss = F.mse_loss(self(x[:, i : i + self.seq_len]), y[:, i : i + self.seq_len])
+            opt.zero_grad()
+            self.manual_backward(loss)
+            opt.step()
+
+    def configure_optimizers(self) -> optim.Optimizer:
+        return optim.RMSprop(self.parameters(), lr=0.01)
+
+
+class StateByName(LightningModule):
+    """The state can be handed over by name alone."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.k = case.chunk
+        self.rnn = nn.GRU(case.inputs, case.hidden, batch_first=True)
+        self.head = nn.Linear(case.hidden, case.outputs)
+
+    def forward(self, x: Tensor, *, state: Any = None) -> tuple[Tensor, Tensor]:
+        features, state = self.rnn(x, state)
+        return self.head(features), state
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        state: Any = None
+        for x, y in zip(*(b.split(self.k, dim=1) for b in batch), strict=True):
+            prediction, state = self(x, state=state)
+            opt.zero_grad()
+            self.manual_backward(F.mse_loss(prediction, y))
+            opt.step()
+            state = state.detach()
+
+    def configure_optimizers(self) -> optim.Optimizer:
+        return optim.Adam(self.parameters(), lr=0.01)
+
+
+class StateReturnedToo(StateOnSelf):
+    """The state is an attribute, and is returned as well; its loop doesn't use what is returned."""
+
+    def forward(self, x: Tensor) -> Any:
+        out, self.hidden = self.lstm(x, self.hidden)
+        return self.fc(out), self.hidden
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        self.hidden = None
+        for x, y in zip(*(b.split(self.bptt, dim=1) for b in batch), strict=True):
+            opt.zero_grad()
+            prediction, _ = self(x)
+            self.manual_backward(F.mse_loss(prediction, y))
+            opt.step()
+            self.hidden = tuple(h.detach() for h in self.hidden)
+
+
+class RunningAverage(StateOnSelf):
+    """Beside the state, a buffer goes on from batch to batch: an average that inputs are less."""
+
+    average: Tensor
+
+    def __init__(self, n_in: int, n_hid: int, n_out: int, bptt: int) -> None:
+        super().__init__(n_in, n_hid, n_out, bptt)
+        self.register_buffer("average", torch.zeros(n_in))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.average = self.average.lerp(x.mean(dim=(0, 1)), 0.1)
+        return super().forward(x - self.average)
+
+
+class ResetFlag(StateOnSelf):
+    """`forward` itself forgets the state, where it is told to, or detaches it."""
+
+    def forward(self, x: Tensor, reset: bool = False) -> Tensor:
+        if reset:
+            self.hidden = None
+        else:
+            self.hidden = tuple(h.detach() for h in self.hidden)
+        return super().forward(x)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        for i in range(0, batch[0].size(1), self.bptt):
+            x, y = (b[:, i : i + self.bptt] for b in batch)
+            opt.zero_grad()
+            self.manual_backward(F.mse_loss(self(x, reset=i == 0), y))
+            opt.step()
+
+
+class Positions(DictOnSelf):
+    """Counts time steps in an attribute, from which the inputs get their positions."""
+
+    position: int = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = torch.arange(self.position, self.position + x.size(1), dtype=x.dtype)
+        self.position += x.size(1)
+        return super().forward(x + 0.1 * positions[:, None])
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        self.position = 0
+        super().training_step(batch, batch_idx)
+
+
+class AnyNames(StateByName):
+    """`forward` takes whatever comes by name; the state is one of it."""
+
+    def forward(self, x: Tensor, **others: Any) -> tuple[Tensor, Tensor]:
+        return super().forward(x, **others)
+
+
+class ModelOutput(LightningModule):
+    """`forward` returns a dataclass, with the loss in it where labels are handed over."""
+
+    @dataclass
+    class Output:
+        loss: Tensor | None
+        logits: Tensor
+        past: tuple[Tensor, ...]
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.block_size = case.chunk
+        self.rnn = nn.LSTM(case.inputs, case.hidden, batch_first=True)
+        self.head = nn.Linear(case.hidden, case.outputs)
+
+    def forward(self, inputs: Tensor, labels: Any = None, past: Any = None) -> Output:
+        features, past = self.rnn(inputs, past)
+        logits = self.head(features)
+        loss = None if labels is None else F.mse_loss(logits, labels)
+        return self.Output(loss=loss, logits=logits, past=past)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        past: Any = None
+        for x, y in zip(*(b.split(self.block_size, dim=1) for b in batch), strict=True):
+            output = self(x, labels=y, past=past)
+            opt.zero_grad()
+            self.manual_backward(output.loss)
+            opt.step()
+            past = tuple(p.detach() for p in output.past)
+
+    def configure_optimizers(self) -> optim.Optimizer:
+        return optim.AdamW(self.parameters(), lr=0.01)
+
+
+class CoreRunsChunks(LightningModule):
+    """The module only trains; what runs a chunk is its part `core`."""
+
+    class Core(nn.Module):
+        def __init__(self, case: Case) -> None:
+            super().__init__()
+            self.rnn = nn.LSTM(case.inputs, case.hidden, batch_first=True)
+            self.proj = nn.Linear(case.hidden, case.outputs)
+
+        def forward(self, x: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
+            features, hx = self.rnn(x, hx)
+            return self.proj(features), hx
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.k = case.chunk
+        self.core = self.Core(case)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        hx: Any = None
+        for x, y in zip(*(b.split(self.k, dim=1) for b in batch), strict=True):
+            prediction, hx = self.core(x, hx)
+            opt.zero_grad()
+            self.manual_backward(F.mse_loss(prediction, y))
+            opt.step()
+            hx = tuple(h.detach() for h in hx)
+
+    def configure_optimizers(self) -> optim.Optimizer:
+        return optim.SGD(self.core.parameters(), lr=0.1)
 
 
 # ---------------------------------------------------------------------------- what the batches are
@@ -448,6 +837,234 @@ class UpdatePerSequence(LightningModule):
         return optim.Adam(self.parameters(), lr=0.02)
 
 
+class Plain(LightningModule):
+    """A GRU, its readout and an optimizer; those below differ in how they train it."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.k = case.chunk
+        self.rnn = nn.GRU(case.inputs, case.hidden, batch_first=True)
+        self.head = nn.Linear(case.hidden, case.outputs)
+
+    def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Tensor]:
+        features, state = self.rnn(x, state)
+        return self.head(features), state
+
+    def configure_optimizers(self) -> optim.Optimizer:
+        return optim.Adam(self.parameters(), lr=0.01)
+
+
+class SummedLosses(Plain):
+    """One backward and one update per batch, on the sum of losses whose graphs don't touch."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        state: Any = None
+        losses = []
+        for x, y in zip(*(b.split(self.k, dim=1) for b in batch), strict=True):
+            prediction, state = self(x, state)
+            losses.append(F.mse_loss(prediction, y))
+            state = state.detach()
+        opt.zero_grad()
+        self.manual_backward(torch.stack(losses).sum())
+        opt.step()
+
+
+class AccumulatesTwo(Plain):
+    """An update after every second chunk, and at a batch's end, for what has added up."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        state: Any = None
+        chunks = list(zip(*(b.split(self.k, dim=1) for b in batch), strict=True))
+        for i, (x, y) in enumerate(chunks):
+            prediction, state = self(x, state)
+            self.manual_backward(F.mse_loss(prediction, y))
+            if i % 2 == 1 or i == len(chunks) - 1:
+                opt.step()
+                opt.zero_grad()
+            state = state.detach()
+
+
+class MeanOfTwo(AccumulatesTwo):
+    """Weighs what adds up by the number of all chunks of the batch."""
+
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        super().manual_backward(loss / self.chunks, *args, **kwargs)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        self.chunks = -(-batch[0].size(1) // self.k)
+        super().training_step(batch, batch_idx)
+
+
+class RandomLengths(Plain):
+    """Draws each chunk's length from a generator of its own, as the AWD-LSTM does."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        self.lengths = random.Random(case.seed)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        xs, ys = batch
+        opt: Any = self.optimizers()
+        state: Any = None
+        start = 0
+        while start < xs.size(1):
+            stop = min(start + self.lengths.randint(1, 2 * self.k), xs.size(1))
+            prediction, state = self(xs[:, start:stop], state)
+            opt.zero_grad()
+            self.manual_backward(F.mse_loss(prediction, ys[:, start:stop]))
+            opt.step()
+            state = state.detach()
+            start = stop
+
+
+class GrowingLengths(Plain):
+    """The first chunk is of one time step, and each is one longer than the one before."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        state: Any = None
+        lengths = growing(batch[0].size(1))
+        for x, y in zip(*(b.split(lengths, dim=1) for b in batch), strict=True):
+            prediction, state = self(x, state)
+            opt.zero_grad()
+            self.manual_backward(F.mse_loss(prediction, y))
+            opt.step()
+            state = state.detach()
+
+
+def growing(steps: int) -> list[int]:
+    """Return 1, 2, 3, ... that add up to `steps`; the last may be less."""
+    lengths: list[int] = []
+    while sum(lengths) < steps:
+        lengths.append(min(len(lengths) + 1, steps - sum(lengths)))
+    return lengths
+
+
+class PairOfInputs(LightningModule):
+    """`forward` takes two sequences in one tuple."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.k = case.chunk
+        self.rnn = nn.GRU(2 * case.inputs, case.hidden, batch_first=True)
+        self.head = nn.Linear(case.hidden, case.outputs)
+
+    def forward(self, inputs: tuple[Tensor, Tensor], state: Any = None) -> tuple[Tensor, Tensor]:
+        features, state = self.rnn(torch.cat(inputs, dim=-1), state)
+        return self.head(features), state
+
+    def training_step(self, batch: tuple[Batch, Tensor], batch_idx: int) -> None:
+        (seen, done), ys = batch
+        opt: Any = self.optimizers()
+        state: Any = None
+        for x, u, y in zip(*(b.split(self.k, dim=1) for b in (seen, done, ys)), strict=True):
+            prediction, state = self((x, u), state)
+            opt.zero_grad()
+            self.manual_backward(F.mse_loss(prediction, y))
+            opt.step()
+            state = state.detach()
+
+    def configure_optimizers(self) -> optim.Optimizer:
+        return optim.Adam(self.parameters(), lr=0.01)
+
+
+class SpeakerIds(LightningModule):
+    """A batch has an id (B,) for each sequence, which `forward` takes in every chunk."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.k = case.chunk
+        self.speakers = nn.Embedding(3, case.hidden)
+        self.rnn = nn.GRU(case.inputs, case.hidden, batch_first=True)
+        self.head = nn.Linear(case.hidden, case.outputs)
+
+    def forward(self, x: Tensor, ids: Tensor, state: Any = None) -> tuple[Tensor, Tensor]:
+        features, state = self.rnn(x, state)
+        return self.head(features + self.speakers(ids)[:, None]), state
+
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
+        xs, ys, ids = batch
+        opt: Any = self.optimizers()
+        state: Any = None
+        for x, y in zip(xs.split(self.k, dim=1), ys.split(self.k, dim=1), strict=True):
+            prediction, state = self(x, ids, state)
+            opt.zero_grad()
+            self.manual_backward(F.mse_loss(prediction, y))
+            opt.step()
+            state = state.detach()
+
+    def configure_optimizers(self) -> optim.Optimizer:
+        return optim.SGD(self.parameters(), lr=0.1)
+
+
+class Named(NamedTuple):
+    target: Tensor
+    input: Tensor
+
+
+class NamedBatches(Plain):
+    """A batch is a named tuple, its target first."""
+
+    def training_step(self, batch: Named, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        state: Any = None
+        for i in range(0, batch.input.size(1), self.k):
+            prediction, state = self(batch.input[:, i : i + self.k], state)
+            opt.zero_grad()
+            self.manual_backward(F.mse_loss(prediction, batch.target[:, i : i + self.k]))
+            opt.step()
+            state = state.detach()
+
+
+class NextInput(LightningModule):
+    """Each time step predicts the next one's input; the batch is one tensor (T + 1, B, I)."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.bptt = case.chunk
+        self.rnn = nn.GRU(case.inputs, case.hidden)
+        self.head = nn.Linear(case.hidden, case.inputs)
+
+    def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Tensor]:
+        features, state = self.rnn(x, state)
+        return self.head(features), state
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        state: Any = None
+        for i in range(0, batch.size(0) - 1, self.bptt):
+            seq_len = min(self.bptt, batch.size(0) - 1 - i)
+            prediction, state = self(batch[i : i + seq_len], state)
+            opt.zero_grad()
+            self.manual_backward(F.mse_loss(prediction, batch[i + 1 : i + 1 + seq_len]))
+            opt.step()
+            state = state.detach()
+
+    def configure_optimizers(self) -> optim.Optimizer:
+        return optim.SGD(self.parameters(), lr=0.1)
+
+
+class StreamOfChunks(Plain):
+    """Automatic optimization; each batch is the next chunk of the same, endless sequences."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        self.automatic_optimization = True
+        self.state: Tensor | None = None
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        x, y = batch
+        prediction, state = self(x, self.state)
+        self.state = state.detach()
+        return F.mse_loss(prediction, y)
+
+
 # ------------------------------------------------------------------------------- who trains it
 
 
@@ -525,6 +1142,17 @@ def equal_batches(case: Case) -> Batches:
     """Give every batch the last one's B, as a stream has it."""
     sequences = case.sizes()[-1][0]
     return [(x[:sequences], y[:sequences]) for x, y in case.tensors()]
+
+
+def pairs_of_inputs(case: Case) -> Batches:
+    """Put a second sequence of inputs beside the first."""
+    return [((x, x.cos()), y) for x, y in case.tensors()]
+
+
+def longer_by_one(case: Case) -> Batches:
+    """Make batches (T + 1, B, I)."""
+    longer = replace(case, steps=case.steps + 1)
+    return [x.transpose(0, 1).contiguous() for x, _ in longer.tensors()]
 
 
 def usual(kind: Callable[[Case], nn.Module]) -> Callable[[Case], Unusual]:
@@ -615,5 +1243,109 @@ OTHER: dict[str, tuple[str, Callable[[Case], Unusual]]] = {
     "fabric": (
         "a function trains an nn.Module through Fabric, which wraps it",
         trained_by(train_with_fabric),
+    ),
+    "triple": (
+        "forward(x, h, c) returns (y, h, c)",
+        usual(Triple),
+    ),
+    "dataclass_on_self": (
+        "the state is a dataclass in the attribute `memory`",
+        usual(DataclassOnSelf),
+    ),
+    "dict_on_self": (
+        "the state is a dict in the attribute `_state`",
+        usual(DictOnSelf),
+    ),
+    "dict_in_place": (
+        "the state is an entry of one dict, `_state`, that is written over",
+        usual(DictInPlace),
+    ),
+    "reset_state": (
+        "two layers keep their states in `layers.0.h` and `layers.1.h`; reset_state() forgets them",
+        usual(ResetState),
+    ),
+    "two_attributes": (
+        "the state is two attributes, `h_0` and `c_0`, detached in forward",
+        usual(TwoAttributes),
+    ),
+    "state_by_name": (
+        "forward(x, *, state) takes the state by its name alone",
+        usual(StateByName),
+    ),
+    "model_output": (
+        "forward(inputs, labels, past) returns a dataclass with `loss`, `logits` and `past`",
+        usual(ModelOutput),
+    ),
+    "core_runs_chunks": (
+        "the chunk's forward is that of the part `core`",
+        usual(CoreRunsChunks),
+    ),
+    "summed_losses": (
+        "one backward per batch, on the sum of the losses of chunks whose states are detached",
+        usual(SummedLosses),
+    ),
+    "accumulates_two": (
+        "an update after every second chunk of a batch, and at its end",
+        usual(AccumulatesTwo),
+    ),
+    "random_lengths": (
+        "each chunk's length is drawn from a seeded generator",
+        usual(RandomLengths),
+    ),
+    "growing_lengths": (
+        "chunks of 1, 2, 3, ... time steps",
+        usual(GrowingLengths),
+    ),
+    "pair_of_inputs": (
+        "a batch is ((x, u), y); forward takes the pair (x, u)",
+        lambda c: Unusual(PairOfInputs(c), F.mse_loss, pairs_of_inputs(c)),
+    ),
+    "speaker_ids": (
+        "a batch is (x, y, ids), ids (B,) without time",
+        lambda c: Unusual(
+            SpeakerIds(c),
+            F.mse_loss,
+            [(x, y, torch.arange(len(x)) % 3) for x, y in c.tensors()],
+        ),
+    ),
+    "named_batches": (
+        "a batch is a named tuple (target, input)",
+        lambda c: Unusual(NamedBatches(c), F.mse_loss, [Named(y, x) for x, y in c.tensors()]),
+    ),
+    "next_input": (
+        "a batch is one tensor (T + 1, B, I); targets are the next inputs",
+        lambda c: Unusual(NextInput(c), F.mse_loss, longer_by_one(c)),
+    ),
+    "state_returned_too": (
+        "the state is the attribute `hidden`, and forward(x) returns it as well",
+        usual(lambda c: StateReturnedToo(c.inputs, c.hidden, c.outputs, c.chunk)),
+    ),
+    "running_average": (
+        "the state is the attribute `hidden`; a buffer `average` is never reset",
+        usual(lambda c: RunningAverage(c.inputs, c.hidden, c.outputs, c.chunk)),
+    ),
+    "reset_flag": (
+        "forward(x, reset) forgets the state in `hidden` itself",
+        usual(lambda c: ResetFlag(c.inputs, c.hidden, c.outputs, c.chunk)),
+    ),
+    "positions": (
+        "the state is `_state` and the number of time steps so far, `position`",
+        usual(Positions),
+    ),
+    "any_names": (
+        "forward(x, **others) takes the state by its name alone",
+        usual(AnyNames),
+    ),
+    "mean_of_two": (
+        "an update after every second chunk, each loss divided by the number of the batch's chunks",
+        usual(MeanOfTwo),
+    ),
+    "stream_of_chunks": (
+        "automatic optimization; a trainer's batch is the next chunk, the state is never reset",
+        lambda c: Unusual(
+            StreamOfChunks(c),
+            F.mse_loss,
+            [(x, y) for x, y, _ in marked_chunks(replace(c, batches=1))],
+        ),
     ),
 }
