@@ -50,6 +50,8 @@ class Checkpoint:
     state: Any = None
     handed: bool = False
     layout: Any = None  # of the inputs with which to go on
+    others: Any = None  # the other arguments of the call that goes on
+    thorough: bool = False  # whether what the loop itself sets anew is overridden by that call
 
 
 @dataclass
@@ -81,8 +83,20 @@ class Bookmarks:
         return [
             start
             for index, (start, _) in enumerate(plan)
-            if index and self.contract.updates_after(index - 1, len(plan))
+            if index
+            and self.contract.updates_after(index - 1, len(plan))
+            and self._is_planned_alike(plan, index)
         ]
+
+    def _is_planned_alike(self, plan: Sequence[Span], index: int) -> bool:
+        """Tell whether the rest of a sequence is due to be trained on alike, taken by itself."""
+        if self.contract.weight != "sum":
+            return False  # by shares of the whole sequence
+        if not callable(self.contract.lengths):
+            return True
+        start = plan[index][0]
+        rest = tuple((first - start, stop - start) for first, stop in plan[index:])
+        return self.contract.plan(self.case, rest[-1][1]) == rest
 
     def watch(self, watch: Watch) -> None:
         """Leave the checkpoints while `watch` is on."""
@@ -97,7 +111,8 @@ class Bookmarks:
             return
         state = _left(watch, places, arguments.state)
         left = _checkpoint(watch, self.where[1], state, arguments.has_state)
-        self.boundary = replace(left, layout=_layout(arguments.x))
+        others = value_of(arguments.others)
+        self.boundary = replace(left, layout=_layout(arguments.x), others=others)
 
     def _before_batch(self, watch: Watch) -> None:
         if 0 < watch.batch == len(self.plan) - 1:
@@ -221,6 +236,8 @@ def alone(
     where = f"batch {len(batches) - 1}"
     if len(batches) < 2:
         return Rerun(where, missing="a case of at least two batches")
+    if not watch.subject.contract.planned:
+        return Rerun(where, missing="lengths of chunks that are known before")
     if watch.subject.contract.carry != "within":
         return Rerun(where, missing="a contract by which each batch starts afresh")
     if not watch.training.optimizers:
@@ -245,7 +262,13 @@ def _rerun(
     rerun = _gone_on(fresh(), cut, left, first, where)
     if left.start and not _alike(rerun):
         contiguous = _cut(batches, left, torch.Tensor.contiguous)
+        # Nor may a loop know that it goes on: it tells forward to start, and counts from zero.
         rerun = _gone_on(fresh(), contiguous or cut, left, first, where)
+        if not _alike(rerun):
+            cut = _cut(batches, left, lambda part: part)
+            thorough = replace(left, thorough=True)
+            again = _gone_on(fresh(), cut or [], thorough, first, where)
+            rerun = again if _alike(again) else rerun
     return rerun
 
 
@@ -324,14 +347,17 @@ class _GoingOn:
         for name, buffer in self.module.named_buffers():
             if name in left.buffers:
                 put_buffer(self.module, name, buffer, left.buffers[name])
-        for name, part in self.module.named_modules():
-            vars(part).update(left.attributes.get(name, {}))
+        self._set_attributes()
         for optimizer, memory in zip(self.training.optimizers, left.memory, strict=True):
             optimizer.load_state_dict(copy.deepcopy(memory))
         for scheduler, schedule in zip(self.training.schedulers, left.schedules, strict=True):
             scheduler.load_state_dict(copy.deepcopy(schedule))
         self.training.set_updates(left.updates)
         set_randomness(left.randomness)
+
+    def _set_attributes(self) -> None:
+        for name, part in self.module.named_modules():
+            vars(part).update(self.left.attributes.get(name, {}))
 
     def _starts(self, arguments: Arguments) -> bool:
         """Tell whether a call is the first one, or a closure's repetition of it."""
@@ -340,6 +366,8 @@ class _GoingOn:
         handed = leaves((arguments.x, arguments.state))
         if self.entered is None:
             self.layout = _layout(arguments.x)
+            if self.left.thorough:
+                self._set_attributes()
             self.entered = {path: leaf.detach().clone() for path, leaf in handed.items()}
             set_randomness(self.left.randomness)
         again = handed.keys() == self.entered.keys() and all(
@@ -354,6 +382,8 @@ class _GoingOn:
         arguments = self.forward.arguments(args, kwargs)
         self.watchdog.called(arguments.x)
         if self._starts(arguments):
+            if self.left.thorough:
+                arguments = replace(arguments, others=value_of(self.left.others))
             args, kwargs = self.forward.put(arguments, map_tensors(same_layout, self.left.state))
         returned = original(*args, **kwargs)
         found = self.forward.came_out(returned)
@@ -414,8 +444,9 @@ def _of_whole(batch: Batch, chunk: Chunk) -> Chunk:
         swapped = time_dimension(chunk) == 0
         x, y = batch.inputs, batch.targets
         target = y.transpose(0, 1) if y is not None and swapped and batch.by_step else y
-        call = replace(given.calls[0], x=x.transpose(0, 1) if swapped else x)
-        given = replace(given, calls=(call,), target=target)
+        if isinstance(given.calls[0].x, Tensor):
+            call = replace(given.calls[0], x=x.transpose(0, 1) if swapped else x)
+            given = replace(given, calls=(call,), target=target)
     return replace(chunk, given=given, outcome=replace(outcome, cotangents=(), rules=()))
 
 

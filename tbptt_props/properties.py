@@ -85,7 +85,7 @@ def chunks_tile_the_sequence(trace: Trace) -> Iterator[Finding]:
         return
     for batch, planned in enumerate(trace.plan):
         chunks = [chunk for chunk in known if chunk.batch == batch]
-        due = planned if trace.planned else _as_drawn(chunks, planned)
+        due = planned if trace.planned else _as_drawn(chunks, planned, trace.halt is not None)
         if trace.halt and (not chunks or len(chunks) < len(due)):
             # What was not reached is the halt's doing; judge as far as training came.
             due = due[: len(chunks)]
@@ -198,7 +198,8 @@ def state_starts_afresh_with_each_batch(link: Link) -> Iterator[Finding]:
     fresh = list(leaves(given.initial).values())
     for path, leaf in leaves(given.calls[0].state).items():
         row = _row_in_common(leaf, old, fresh)
-        if row is not None:
+        # A flag may have forward forget it: then it comes in, and owes nothing to anybody.
+        if row is not None and link.expected.state_matters is not False:
             value = f"{float(row[row != 0][0]):.6g}"
             found = f"{value}, a value that {_beside(link.chunk, before)} ended in"
             yield Violation(f"{link.chunk}, incoming {path}", found, "fresh")
@@ -406,7 +407,7 @@ def _tiles(
         yield from _accounted("targets", chunks, due, sequences, lambda c: c.targets or ())
 
 
-def _as_drawn(chunks: Sequence[Chunk], whole: Sequence[Span]) -> Sequence[Span]:
+def _as_drawn(chunks: Sequence[Chunk], whole: Sequence[Span], halted: bool) -> Sequence[Span]:
     """Return the chunks found, if one begins where the other ends, from the first step to the last.
 
     Those are due where lengths are drawn at random; otherwise any that are.
@@ -414,7 +415,7 @@ def _as_drawn(chunks: Sequence[Chunk], whole: Sequence[Span]) -> Sequence[Span]:
     found = [span for chunk in chunks for span in chunk.pieces or [chunk.span] if span is not None]
     stops = [0, *(stop for _, stop in found)]
     follow = all(start == stop for (start, _), stop in zip(found, stops, strict=False))
-    return found if follow and stops[-1] == whole[-1][1] else whole
+    return found if follow and (halted or stops[-1] == whole[-1][1]) else whole
 
 
 def _spans(chunk: Chunk, due: Sequence[Span]) -> Sequence[Span | None]:

@@ -99,7 +99,7 @@ def _rederived(
         cotangents=tuple(again.cotangents),
         gradients=_shared(_of_the_loss_seen(subject, again, outcome), outcome.gradients),
         state=value_of(again.state),
-        state_matters=_state_matters(subject, given, again) if within_batch else None,
+        state_matters=_state_matters(subject, given, again),
         draws=again.draws,
         in_two=None if within_batch else _in_two(subject, chunk, given, again),
         partial=subject.loss is None,

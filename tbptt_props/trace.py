@@ -321,6 +321,8 @@ def time_dimension(chunk: Chunk) -> int | None:
     """Return along which dimension of a chunk's inputs time runs, or None where that is unclear."""
     if chunk.given is None or not chunk.inputs or len(chunk.given.calls) != 1:
         return None
+    if not isinstance(chunk.given.calls[0].x, Tensor):
+        return None
     shape = chunk.given.calls[0].x.shape
     if len(shape) < 2 or shape[0] * shape[1] != len(chunk.inputs):
         return None

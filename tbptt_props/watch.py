@@ -367,7 +367,8 @@ class Watch:
         return frozenset(self.names[i] for i in found if i in self.names)
 
     def _places(self, x: Any) -> Tensor | None:
-        if not isinstance(x, Tensor) or not 0 <= self.batch < len(self.pristine):
+        x = x if isinstance(x, Tensor) else next(iter(leaves(x).values()), None)
+        if x is None or not 0 <= self.batch < len(self.pristine):
             return None
         live = self.live_batch.inputs if self.live_batch else None
         return locate(x, live, self.pristine[self.batch].inputs)
@@ -376,7 +377,9 @@ class Watch:
         self, returned: Any, arguments: Arguments, before: Mapping[str, Any]
     ) -> tuple[Tensor, Any]:
         found = self.forward.came_out(returned)
-        if found is not None and (arguments.has_state or not before or self.forward.parameters[1:]):
+        if found is not None and (
+            arguments.has_state or self.calls_ever > 1 or self.forward.parameters[1:]
+        ):
             return found
         with self._own_code():
             guessed = self.forward.guess(before, arguments, returned)
@@ -386,7 +389,8 @@ class Watch:
             f"{type(self.module).__name__}.{self.subject.forward} must return a pair (prediction, "
             f"state) whose prediction is a tensor, got {_kind(returned)}; name another call with "
             "Subject(..., forward='...') if this is not the one that runs a chunk, or say where "
-            "the state is with Subject(..., state='...')",
+            "the state is with Subject(..., state='...'), or how to make a pair of what it returns "
+            "with Subject(..., outputs=...)",
             {"state": guessed} if guessed else {},
         )
         raise self.problem
@@ -779,7 +783,9 @@ class Watch:
         """Look whether graphs live on that are due to be gone: all but the last `allowed`."""
         due = self.graphs[: len(self.graphs) - allowed]
         if _alive(due) and not self.outlived:
-            gc.collect(1)  # only a cycle may be holding it, and a young one: nobody's mistake
+            gc.collect(1)  # only a cycle may be holding it, which is nobody's mistake
+        if _alive(due) and not self.outlived:
+            gc.collect()
         if _alive(due):
             self.outlived.extend(label for label, _ in _alive(due))
         self.graphs = self.graphs[len(due) :]
@@ -842,10 +848,17 @@ class Watch:
         batch = self.pristine[live.batch]
         if batch.targets is None or self.subject.loss is None or bool((places < 0).any()):
             return None
-        if batch.by_step:
-            return batch.targets[places[..., 0], places[..., 1]]
+        by_step = batch.targets[places[..., 0], places[..., 1]] if batch.by_step else None
         lanes = _lanes(places)
-        return batch.targets[list(lanes)] if lanes else None
+        by_sequence = batch.targets[list(lanes)] if lanes else None
+        if by_step is None or by_sequence is None:
+            return by_step if by_sequence is None else by_sequence
+        # Where O = T, (B, O) looks like (B, T): the prediction tells which it is.
+        predicted = [
+            None if c.call.prediction is None else c.call.prediction.shape for c in live.calls
+        ]
+        one_each = batch.targets.dim() == 2 and predicted == [by_sequence.shape]
+        return by_sequence if one_each and by_step.shape != by_sequence.shape else by_step
 
     def _targets(self, live: _LiveChunk, places: Tensor | None) -> tuple[Place, ...] | None:
         """Tell which targets the loss looked at; None where that is not known."""
@@ -922,7 +935,7 @@ def _lanes(places: Tensor | None) -> tuple[int, ...]:
 
 def _has_moved(rules: list[Rule]) -> bool:
     """Tell whether updates moved a parameter, which is due if there was any gradient."""
-    if not any(bool(g.any()) for rule in rules for g in rule.handed.values()):
+    if rules and not any(bool(g.any()) for rule in rules for g in rule.handed.values()):
         return True
     return any(not same(rule.before[n], rule.after[n]) for rule in rules for n in rule.before)
 

@@ -523,7 +523,8 @@ def test_a_forward_that_returns_no_pair_is_told_what_is_due(
     assert str(refusal.value) == (
         f"{kind.__name__}.forward must return a pair (prediction, state) whose prediction is a "
         f"tensor, got {returned}; name another call with Subject(..., forward='...') if this is "
-        "not the one that runs a chunk, or say where the state is with Subject(..., state='...')"
+        "not the one that runs a chunk, or say where the state is with Subject(..., state='...'), "
+        "or how to make a pair of what it returns with Subject(..., outputs=...)"
     )
 
 

@@ -113,7 +113,7 @@ BREAKS = {
     "CallsBackwardTwice": {LOSS, ORDINARY},
     "ScalesTheLoss": {LOSS, ORDINARY},
     "SumsTheErrors": {LOSS, ORDINARY},
-    "DividesByTheNumberOfChunks": {LOSS, RESUMED},
+    "DividesByTheNumberOfChunks": {LOSS},
     "WeightsTheTail": {LOSS, ORDINARY},
     "SumsTheLosses": {CUT, GONE, GRADIENTS, LOSS, RESUMED},
     "BackpropagatesOncePerBatch": {ONCE, RESUMED},

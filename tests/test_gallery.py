@@ -201,16 +201,8 @@ WIRED_CASES = (
     tb.Case(batch=2, steps=3, chunk=5, inputs=2, hidden=3, outputs=1, batches=2, seed=16),
 )
 
+
 # Right loops that are called wrong: defects of the judge's, each with what it gets wrong.
-MISJUDGED = {
-    "random_lengths": "a batch run alone draws other lengths: the generator is not handed on",
-    "growing_lengths": "the rest of a sequence is cut in another way than it was as a part",
-    "mean_of_two": "the rest of a batch has fewer chunks to take the mean of",
-    "positions": "a number that the loop resets is put back before the loop, not at the boundary",
-    "reset_flag": "a second run is told to reset at the boundary; a state to be reset is no fault",
-}
-
-
 def wired(unusual: Unusual, **told: Any) -> tb.Subject:
     def batches(case: tb.Case) -> list[Any]:
         return unusual.batches
@@ -235,16 +227,7 @@ def judged_as_wired(
     return broken, held - broken
 
 
-def but_for(misjudged: Mapping[str, str]) -> list[Any]:
-    return [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=misjudged[name]))
-        if name in misjudged
-        else name
-        for name in OTHER
-    ]
-
-
-@pytest.mark.parametrize("name", but_for(MISJUDGED))
+@pytest.mark.parametrize("name", OTHER)
 def test_a_right_loop_that_is_wired_otherwise_breaks_nothing(name: str) -> None:
     _, build = OTHER[name]
 
@@ -290,5 +273,5 @@ def test_a_state_that_comes_first_can_be_told() -> None:
 
 
 def test_everything_told_is_told_of_a_loop_that_is_there() -> None:
-    assert OTHER.keys() >= {*WIRED, *MISJUDGED, *LEAST_HELD}
+    assert OTHER.keys() >= {*WIRED, *LEAST_HELD}
     assert OTHER.keys() >= {loop for loop, *_ in BROKEN_SHAPES.values()}

@@ -254,7 +254,6 @@ BREAKING: dict[Law, list[str]] = {
         "NeverClears",
         "UpdatesOncePerBatch",
         "PerturbsParameters",
-        "DividesByTheNumberOfChunks",
     ],
     ALONE: [
         "KeepsStateAcrossBatches",

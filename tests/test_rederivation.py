@@ -1042,10 +1042,12 @@ def test_whether_a_state_matters_is_not_asked_where_it_has_no_real_numbers(state
     assert due(module, chunk(module, state=state)).state_matters is None
 
 
-def test_whether_a_state_matters_is_not_asked_of_a_batchs_first_chunk() -> None:
-    module = model()
+def test_whether_a_state_matters_is_asked_of_a_batchs_first_chunk_too() -> None:
+    """Forward may be told to forget what comes in."""
+    module, forgetful = model(), Ignores(model().core, model().readout)
 
-    assert due(module, chunk(module, state=carried(), starts_batch=True)).state_matters is None
+    assert due(module, chunk(module, state=carried(), starts_batch=True)).state_matters is True
+    assert due(forgetful, chunk(module, state=carried(), starts_batch=True)).state_matters is False
 
 
 # In two parts --------------------------------------------------------------------------------
