@@ -4,6 +4,7 @@ from textwrap import dedent
 
 import hypothesis.core
 import pytest
+from hypothesis import settings
 from torch import nn
 from torch.nn.functional import mse_loss
 
@@ -191,6 +192,27 @@ def test_a_seed_draws_the_same_cases_again_and_another_one_others(
         drawn.append(built(pytester))
 
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_where_nothing_is_to_be_random_all_items_still_judge_the_same_cases(
+    pytester: pytest.Pytester,
+) -> None:
+    """Hypothesis draws by a digest of the item itself where `CI` is set."""
+    write(pytester, RIGHT)
+    before = settings()
+    settings.register_profile("always the same", before, derandomize=True)
+    settings.load_profile("always the same")
+    drawn = []
+    try:
+        for items in ("graph_crosses_no_boundary", "graph_crosses_no_boundary", "graph or state"):
+            outcomes(pytester, "-k", items)
+            drawn.append(built(pytester))
+        outcomes(pytester, "-k", "graph_crosses_no_boundary", "--hypothesis-seed=2")
+    finally:
+        settings.register_profile("as before", before)
+        settings.load_profile("as before")
+
+    assert drawn[0] == drawn[1] == drawn[2] != built(pytester)
 
 
 def test_a_second_session_in_the_same_process_judges_anew(pytester: pytest.Pytester) -> None:
