@@ -42,6 +42,11 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("subject", metavar="module.path:build", help="a function of a Case")
     check.add_argument("--max-examples", type=int, default=100, metavar="N", help="cases to try")
     check.add_argument("--seed", type=int, metavar="N", help="repeat the search of this seed")
+    check.add_argument(
+        "--sensitivity",
+        action="store_true",
+        help="break the loop on purpose, in memory, and tell which properties could have failed",
+    )
     for size in _sizes():
         check.add_argument(f"--{size}", type=int, metavar="N", help=f"fix {size} of every case")
     faults = commands.add_parser(
@@ -76,6 +81,7 @@ def _check(options: argparse.Namespace) -> int:
             max_examples=options.max_examples,
             seed=options.seed,
             on_case=progress.show,
+            sensitivity=options.sensitivity,
             **fixed,
         )
     except (ObservationError, ValueError, TypeError) as error:

@@ -318,6 +318,8 @@ class Bench:
         """Yield a few cases, always the one on which most was judged that is not proved yet."""
         left = dict(self.reports)
         for _ in range(TELLING):
+            if not left:
+                return
             judged = {
                 case: sum(not proved.get(v.name, "-") for v in report.holds)
                 for case, report in left.items()

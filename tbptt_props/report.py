@@ -115,21 +115,33 @@ def as_text(report: Report) -> str:
 
 
 def line_of(verdict: Verdict) -> str:
-    """Return the verdict on one property in one line, and what it needs below if it is long."""
+    """Return the verdict on one property in one line; what there is to add may stand below."""
     mark = {"holds": "holds     ", "broken": "BROKEN    ", "not judged": "not judged"}
     line = f"  {mark[verdict.status]}  {verdict.name}"
-    if verdict.status != "not judged":
+    need = _need_of(verdict)
+    if not need:
         return line
-    need = _one_line(f"needs {verdict.missing}")
     if len(line) + len(need) + 2 <= WIDTH:
         return f"{line}  {need}"
     return "\n".join([line, *_wrapped(need, first=" " * 14)])
 
 
+def _need_of(verdict: Verdict) -> str:
+    if verdict.status == "not judged":
+        return _one_line(f"needs {verdict.missing}")
+    if verdict.status != "holds" or verdict.proved_by is None:
+        return ""
+    if not verdict.proved_by:
+        return "vacuous here: nothing put in on purpose broke it"
+    more = f" and {len(verdict.proved_by) - 1} more" if len(verdict.proved_by) > 1 else ""
+    return f"fails if {verdict.proved_by[0]}{more}"
+
+
 def summary(report: Report) -> str:
     """Return how many properties hold, are broken and were not judged."""
+    vacuous = f" ({len(report.vacuous)} vacuously)" if report.vacuous else ""
     return (
-        f"{len(report.holds)} hold, {len(report.broken)} broken, "
+        f"{len(report.holds)} hold{vacuous}, {len(report.broken)} broken, "
         f"{len(report.not_judged)} not judged"
     )
 

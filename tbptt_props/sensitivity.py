@@ -116,12 +116,10 @@ def _state_kept_across_batches(subject: Subject) -> Iterator[None]:
     last: list[tuple[Any, Any]] = []
 
     def called(original: Any, arguments: Arguments) -> Any:
-        if (
-            last
-            and _sequences(arguments.x) == last[0][1]
-            and not any(bool(leaf.any()) for leaf in leaves(arguments.state).values())
-        ):
-            arguments = replace(arguments, state=last[0][0], has_state=True)
+        fresh = not any(bool(leaf.any()) for leaf in leaves(arguments.state).values())
+        if last and fresh and _sequences(arguments.x) <= last[0][1]:
+            kept = _of_as_many(*last[0], _sequences(arguments.x))
+            arguments = replace(arguments, state=kept, has_state=True)
         returned, after = _run(forward, original, arguments)
         last[:] = [(value_of(after), _sequences(arguments.x))]
         return returned
@@ -129,6 +127,16 @@ def _state_kept_across_batches(subject: Subject) -> Iterator[None]:
     forward = Forward(subject)
     with _calls(forward, called):
         yield
+
+
+def _of_as_many(state: Any, were: int, are: int) -> Any:
+    """Leave out of a state the sequences that a smaller batch does not have."""
+
+    def fitted(leaf: Tensor) -> Tensor:
+        dim = next((d for d in range(leaf.dim()) if leaf.shape[d] == were), None)
+        return leaf if dim is None else leaf.narrow(dim, 0, are)
+
+    return state if were == are else map_tensors(fitted, state)
 
 
 def _sequences(x: Any) -> int:
