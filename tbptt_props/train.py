@@ -13,8 +13,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers.logger import DummyLogger
-from torch import Tensor, nn
+from torch import Tensor
 
+from tbptt_props.batch import Batch
+from tbptt_props.forward import Forward
+from tbptt_props.places import locate
 from tbptt_props.process import Hung
 from tbptt_props.subject import Batches, ObservationError, Subject
 from tbptt_props.watch import Training, Watching
@@ -35,7 +38,7 @@ def _trained(
 ) -> BaseException | None:
     module = subject.module
     if subject.train is not None:
-        return _with_function(subject.train, module, batches, watch, skip)
+        return _with_function(subject, subject.train, batches, watch, skip)
     if isinstance(module, pl.LightningModule):
         return _with_lightning(module, batches, watch, skip)
     raise ObservationError(
@@ -142,32 +145,40 @@ class _Teller(pl.Callback):
 
 
 def _with_function(
+    subject: Subject,
     function: Callable[[Any, Batches], object],
-    module: nn.Module,
     batches: Batches,
     watch: Watching,
     skip: int,
 ) -> BaseException | None:
     watch.training_begun(Training())
-    module.train()
+    subject.module.train()
+    told = _Told(subject, batches, watch, skip)
     try:
-        told = _Told(batches, watch, skip)
-        function(module, told)
-        if told.turned_to is not None:
-            watch.batch_ended(told.turned_to)
+        with told.forward.replaced(told.called):
+            function(subject.module, told)
+        told.end()
     except (Exception, Hung, SystemExit) as error:
         return error
     return None
 
 
 class _Told(Sequence[Any]):
-    """The batches, telling the watch whenever the loop turns to the next."""
+    """The batches, telling the watch whenever the loop turns to the next.
 
-    def __init__(self, batches: Batches, watch: Watching, skip: int) -> None:
+    A loader may read ahead of the loop: a batch that is taken before forward was called on the one
+    before it waits, until the next is taken or forward is called on a part of it.
+    """
+
+    def __init__(self, subject: Subject, batches: Batches, watch: Watching, skip: int) -> None:
         self.batches = batches[skip:]
+        self.forward = Forward(subject)
+        self.parts = subject.parts
         self.watch = watch
         self.skip = skip
         self.turned_to: int | None = None  # by index: nothing tells when the loop is done with it
+        self.in_use = False  # forward was called since
+        self.waiting: list[int] = []
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -175,15 +186,54 @@ class _Told(Sequence[Any]):
     def __getitem__(self, index: Any) -> Any:
         batch = self.batches[index]
         if isinstance(index, int):
-            at = self.skip + index % len(self.batches)
-            if self.turned_to is not None:
-                self.watch.batch_ended(self.turned_to)
-            self.turned_to = at
-            self.watch.batch_started(at, batch)
+            self.waiting.append(index % len(self.batches))
+            self._turn_if_done()
         return batch
 
     def __iter__(self) -> Iterator[Any]:
-        for index, batch in enumerate(self.batches, start=self.skip):
-            self.watch.batch_started(index, batch)
-            yield batch
-            self.watch.batch_ended(index)
+        for index in range(len(self.batches)):
+            yield self[index]
+        if self.waiting:
+            self._turn_if_done()
+        else:
+            self.end()
+
+    def called(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Turn to the batch that forward is called on, if a loader was ahead."""
+        if self.waiting:
+            self._turn_to(self._batch_of(self.forward.arguments(args, kwargs).x))
+        self.in_use = True
+        return original(*args, **kwargs)
+
+    def end(self) -> None:
+        """Tell that the loop is done with the batch it is at."""
+        if self.turned_to is not None:
+            self.watch.batch_ended(self.skip + self.turned_to)
+        self.turned_to = None
+
+    def _turn_if_done(self) -> None:
+        if self.turned_to is None or self.in_use:
+            self._turn_to(self.waiting[0])
+
+    def _turn_to(self, index: int | None) -> None:
+        """Turn to a batch that waits, past those before it."""
+        while index in self.waiting:
+            self.end()
+            self.turned_to = self.waiting.pop(0)
+            self.in_use = False
+            self.watch.batch_started(self.skip + self.turned_to, self.batches[self.turned_to])
+            if self.turned_to == index:
+                return
+
+    def _batch_of(self, x: Any) -> int | None:
+        """Return the batch that inputs are a part of; the last taken where none is told by them."""
+        taken = [] if self.turned_to is None else [self.turned_to]
+        found = (i for i in (*taken, *self.waiting) if self._is_part(x, self.batches[i]))
+        return next(found, self.turned_to if self.in_use else self.waiting[-1])
+
+    def _is_part(self, x: Any, batch: Any) -> bool:
+        try:
+            inputs = Batch.of(batch, self.parts).inputs
+        except Exception:  # whatever `parts` raises is told of elsewhere
+            return False
+        return isinstance(x, Tensor) and locate(x, inputs, inputs) is not None

@@ -205,6 +205,67 @@ def judged_or_refused(subject: tb.Subject) -> str:
         return str(refusal)
 
 
+def one_ahead(loop: Loop, module: Net, batches: Batches) -> None:
+    """Train as loaders do that take the next batch before they hand one out."""
+
+    def ahead() -> Iterator[tuple[Tensor, Tensor]]:
+        taken = iter(batches)
+        current = next(taken)
+        for following in taken:
+            yield current
+            current = following
+        yield current
+
+    loop(module, ahead())
+
+
+@pytest.mark.parametrize("turn", [by_index, listed, one_ahead])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_loop_may_take_its_batches_ahead(turn: Callable[..., None], seed: int) -> None:
+    case = replace(CASE, batches=4, batch=4, seed=seed)
+    ahead = replace(subject(case), train=partial(turn, Loop(case.chunk)))
+
+    report = tb.check(ahead, case)
+
+    assert report.broken == ()
+    assert report["state_starts_afresh_with_each_batch"].status == "holds"
+
+
+@pytest.mark.parametrize("turn", [by_index, listed, one_ahead])
+def test_a_mistake_is_named_where_batches_are_taken_ahead(turn: Callable[..., None]) -> None:
+    ahead = replace(subject(CASE), train=partial(turn, Loop(CASE.chunk, resets=False)))
+
+    report = tb.check(ahead, CASE)
+
+    (verdict,) = report.broken
+    assert verdict.name == "state_starts_afresh_with_each_batch"
+    assert str(verdict.violations[0]).startswith("batch 1, time steps 0-1, incoming state: ")
+
+
+def test_a_batch_that_is_passed_over_is_not_mistaken_for_one_that_is_trained_on() -> None:
+    def train(module: Net, batches: Batches) -> None:
+        Loop(CASE.chunk)(module, (batch for i, batch in enumerate(batches) if i != 1))
+
+    case = replace(CASE, batches=3)
+    report = tb.check(replace(subject(case), train=train), case)
+
+    (verdict,) = report.broken
+    (violation,) = verdict.violations
+    assert str(violation) == "batch 1, chunks: none, but should be 0-1 2-3 4-4"
+
+
+def test_a_batch_is_looked_at_where_the_loop_never_asks_for_another() -> None:
+    def train(module: Net, batches: Batches) -> None:
+        batch = next(iter(batches))
+        Loop(CASE.chunk)(module, [batch])
+        batch[0].zero_()
+
+    alone = replace(CASE, batches=1)
+    report = tb.check(replace(subject(alone), train=train), alone)
+
+    assert [verdict.name for verdict in report.broken] == ["the_batch_is_left_as_it_was"]
+
+
 def test_a_function_that_trains_nothing_is_refused() -> None:
     idle = replace(subject(CASE), train=lambda module, batches: None)
 

@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
             "subject",
             "trace",
         },
-        "train": {"process", "subject", "watch"},
+        "train": {"batch", "forward", "places", "process", "subject", "watch"},
         "sensitivity": {"batch", "compare", "forward", "state", "subject"},
         "rederivation": {"compare", "forward", "graph", "process", "state", "subject", "trace"},
         "laws": {
