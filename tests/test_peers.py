@@ -1,0 +1,380 @@
+"""Loops written for other libraries, run by the real ones; skipped where a library is missing.
+
+`docs/peers.md` tells what was found.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+import tbptt_props as tb
+from tbptt_props.judge import judge
+
+PACKAGES = {
+    "peers_ignite": ("ignite", "pytorch-ignite"),
+    "peers_accelerate": ("accelerate", "accelerate"),
+    "peers_snntorch": ("snntorch", "snntorch"),
+}
+CASE = tb.Case(batch=2, steps=5, chunk=2, inputs=2, hidden=3, outputs=2, batches=2)
+Build = Callable[[tb.Case], tb.Subject]
+
+
+def example(name: str) -> Any:
+    """Import an example, or skip the test whose peer is missing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what a peer warns of when it is imported
+        if name in PACKAGES:
+            module, package = PACKAGES[name]
+            pytest.importorskip(module, reason=f"needs {package}")
+        return import_module(f"examples.{name}")
+
+
+def judged(build: Build, case: tb.Case) -> tb.Report:
+    """Judge one case; the module is built anew and never copied."""
+    return judge(lambda: build(case), case)
+
+
+def broken(report: tb.Report) -> set[str]:
+    return {verdict.name for verdict in report.broken}
+
+
+def said(report: tb.Report, name: str) -> str:
+    return "; ".join(map(str, report[name].violations))
+
+
+@pytest.fixture(autouse=True)
+def _own_seed() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+# What is right ------------------------------------------------------------------------------
+
+RIGHT = [
+    ("peers_ignite", "batch_first"),
+    ("peers_ignite", "time_first"),
+    ("peers_accelerate", "build"),
+    ("peers_accelerate", "build_with_loader"),
+    ("peers_fabric", "build"),
+    ("peers_by_hand", "with_optimizer"),
+    ("peers_ppo", "build"),
+]
+# The mistakes that are put in go by backward, which a loop that calls autograd.grad has none of.
+UNPROVED = {
+    "peers_by_hand": {
+        "graph_crosses_no_boundary",
+        "loss_is_the_chunks_own",
+        "gradients_are_the_chunks_own",
+        "events_come_in_a_legal_order",
+    }
+}
+OF_BOUNDARIES = {
+    "no_graph_outlives_its_chunk",
+    "state_crosses_every_boundary",
+    "state_starts_afresh_with_each_batch",
+    "graph_crosses_no_boundary",
+}
+
+
+@pytest.mark.parametrize(("name", "build"), RIGHT)
+def test_a_right_loop_breaks_nothing_and_would_if_it_were_wrong(name: str, build: str) -> None:
+    report = tb.verify(getattr(example(name), build), max_examples=15, seed=0, sensitivity=True)
+
+    assert not report.broken, report.as_text()
+    held = {verdict.name: verdict.proved_by for verdict in report.holds}
+    assert held.keys() >= OF_BOUNDARIES | {"loss_is_the_chunks_own", "chunks_tile_the_sequence"}
+    unproved = {verdict for verdict, proofs in held.items() if not proofs}
+    assert unproved <= UNPROVED.get(name, set())
+
+
+# What is wrong ------------------------------------------------------------------------------
+
+DETACHES = {
+    "peers_ignite": "ignite.contrib.engines.tbptt._detach_hidden",
+    "peers_accelerate": "examples.peers_accelerate.detached",
+    "peers_fabric": "examples.peers_fabric.detached",
+    "peers_by_hand": "examples.peers_by_hand.detached",
+}
+LOOPS = [(name, build) for name, build in RIGHT if name in DETACHES]
+OF_BACKWARD = [(name, build) for name, build in LOOPS if name != "peers_by_hand"]
+
+
+@pytest.mark.parametrize(("name", "build"), OF_BACKWARD)
+def test_a_state_that_is_not_detached_is_named(
+    name: str, build: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = getattr(example(name), build)
+    monkeypatch.setattr(DETACHES[name], lambda state: state)
+
+    report = judged(subject, CASE)
+
+    assert broken(report) == {"graph_crosses_no_boundary", "training_reaches_the_end"}
+    assert "attached to the graph of time steps 0-1" in said(report, "graph_crosses_no_boundary")
+
+
+def test_a_state_that_is_not_detached_stops_a_loop_that_calls_autograd_grad(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    by_hand = example("peers_by_hand")
+    monkeypatch.setattr(by_hand, "detached", lambda state: state)
+
+    report = judged(by_hand.with_optimizer, CASE)
+
+    halt = said(report, "training_reaches_the_end")
+    assert halt.startswith("time steps 0-1, after its backward: raised RuntimeError")
+    assert "something of an earlier chunk was not detached" in halt
+
+
+@pytest.mark.parametrize(("name", "build"), LOOPS)
+def test_a_state_that_is_dropped_is_named(
+    name: str, build: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = getattr(example(name), build)
+    monkeypatch.setattr(DETACHES[name], lambda state: None)
+
+    report = judged(subject, CASE)
+
+    assert broken(report) == {"state_crosses_every_boundary"}
+
+
+@pytest.mark.parametrize(("name", "build"), OF_BACKWARD)
+def test_gradients_that_are_not_cleared_are_named(
+    name: str, build: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = getattr(example(name), build)
+    monkeypatch.setattr(torch.optim.Adam, "zero_grad", lambda self, set_to_none=True: None)
+
+    report = judged(subject, CASE)
+
+    assert broken(report) == {"gradients_are_the_chunks_own", "events_come_in_a_legal_order"}
+
+
+def sequences_apart(batch: Any, length: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut the wrong dimension."""
+    yield from zip(*(part.split(length, dim=0) for part in batch), strict=True)
+
+
+@pytest.mark.parametrize(("name", "build"), [loop for loop in LOOPS if loop[0] != "peers_ignite"])
+def test_a_loop_that_cuts_the_wrong_dimension_is_named(
+    name: str, build: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = getattr(example(name), build)
+    monkeypatch.setattr(f"examples.{name}.chunks", sequences_apart)
+
+    report = judged(subject, CASE)
+
+    assert "chunks_tile_the_sequence" in broken(report)
+    assert said(report, "chunks_tile_the_sequence").startswith("chunks: 0-4")
+
+
+def test_ignites_default_dimension_is_the_wrong_one_for_batches_with_sequences_first() -> None:
+    ignite = example("peers_ignite")
+
+    def build(case: tb.Case) -> tb.Subject:
+        def train(module: nn.Module, batches: Any) -> None:
+            ignite.train(module, batches, chunk=case.chunk, dim=0)
+
+        return tb.Subject(ignite.Net(case), loss=mse_loss, train=train)
+
+    report = tb.verify(build, max_examples=15, seed=0)
+
+    assert said(report, "chunks_tile_the_sequence") == "chunks: 0-1, but should be 0-0 1-1"
+    assert report["chunks_tile_the_sequence"].case == tb.Case(steps=2, chunk=1)
+
+
+def test_what_ignite_does_to_its_last_batch_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ignite takes as many batches as there are, and never asks whether there is another."""
+    subject = example("peers_ignite").batch_first
+    called: Any = nn.GRU.forward
+
+    def forward(self: nn.GRU, x: Tensor, state: Tensor | None = None) -> Any:
+        features, after = called(self, x.clone(), state)
+        x.add_(1.0)
+        return features, after
+
+    monkeypatch.setattr(nn.GRU, "forward", forward)
+
+    report = judged(subject, tb.Case(steps=1, chunk=1))
+
+    assert "the_batch_is_left_as_it_was" in broken(report)
+
+
+def test_a_loss_that_accelerate_scales_without_being_told_is_named() -> None:
+    """Accelerate divides each loss by the steps that are to be accumulated, whatever the loop."""
+    accelerate = example("peers_accelerate")
+
+    def build(case: tb.Case) -> tb.Subject:
+        def train(module: nn.Module, batches: Any) -> None:
+            accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+            model, optimizer = accelerator.prepare(module, torch.optim.Adam(module.parameters()))
+            for batch in batches:
+                state = None
+                for x, y in accelerate.chunks(batch, case.chunk):
+                    prediction, state = model(x, state)
+                    optimizer.zero_grad()
+                    accelerator.backward(mse_loss(prediction, y))
+                    optimizer.step()
+                    state = state.detach()
+
+        return tb.Subject(accelerate.Net(case), loss=mse_loss, train=train)
+
+    report = judged(build, CASE)
+
+    assert broken(report) == {"loss_is_the_chunks_own"}
+
+
+# snnTorch -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(name="snntorch")
+def _snntorch() -> Iterator[Any]:
+    """Yield the example; snnTorch keeps every neuron in a list, which costs more with each."""
+    peer = example("peers_snntorch")
+    peer.snn.SpikingNeuron.instances = []
+    yield peer
+    peer.snn.SpikingNeuron.instances = []
+
+
+def test_snntorch_stops_before_the_first_chunk_of_input_that_varies_in_time(snntorch: Any) -> None:
+    report = tb.verify(snntorch.documented, max_examples=3, seed=0)
+
+    assert broken(report) == {"training_reaches_the_end"}
+    assert report["training_reaches_the_end"].case == tb.Case(steps=1, chunk=1)
+    assert "raised UnboundLocalError" in said(report, "training_reaches_the_end")
+    assert "K_flag" in said(report, "training_reaches_the_end")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        tb.Case(steps=2, chunk=1),
+        tb.Case(batch=2, steps=6, chunk=3, inputs=2, outputs=2),
+        tb.Case(batch=3, steps=5, chunk=2, inputs=2, outputs=2, batches=2, seed=1),
+    ],
+)
+def test_the_average_loss_of_snntorch_keeps_every_graph_alive_and_nothing_else_is_wrong(
+    snntorch: Any, case: tb.Case
+) -> None:
+    report = judged(snntorch.clocked, case)
+
+    assert broken(report) == {"no_graph_outlives_its_chunk"}
+    assert [cause.name for cause in report["no_graph_outlives_its_chunk"].causes] == [
+        "graphs_are_kept"
+    ]
+    assert {"graph_crosses_no_boundary", "state_crosses_every_boundary"} <= {
+        verdict.name for verdict in report.holds
+    }
+
+
+def test_snntorch_has_no_targets_for_the_second_batch_where_chunks_fill_the_first(
+    snntorch: Any,
+) -> None:
+    """It counts its chunks on, and starts again only after a shorter one."""
+    report = judged(snntorch.clocked, tb.Case(steps=2, chunk=1, batches=2))
+
+    assert said(report, "loss_is_the_chunks_own").startswith("batch 1, time steps 0-0, loss: nan")
+
+
+def both_kinds(snntorch: Any) -> Build:
+    return lambda case: snntorch.clocked(case, layers=snntorch.leaky_and_synaptic)
+
+
+def test_snntorch_detaches_but_one_kind_of_neurons(snntorch: Any) -> None:
+    """It keeps the kinds in a dict by whether there are any: the last of them stays."""
+    report = judged(both_kinds(snntorch), tb.Case(steps=2, chunk=1))
+
+    assert {"graph_crosses_no_boundary", "training_reaches_the_end"} <= broken(report)
+    assert said(report, "graph_crosses_no_boundary") == (
+        "time steps 1-1, incoming state['1.mem']: attached to the graph of time steps 0-0, "
+        "but should be detached"
+    )
+
+
+def test_snntorch_does_not_detach_a_network_that_was_copied(snntorch: Any) -> None:
+    """Its list has the neurons that were made, and a copy is not. `check` copies the module."""
+    case = tb.Case(steps=2, chunk=1)
+
+    report = tb.check(snntorch.clocked(case), case)
+
+    assert {"graph_crosses_no_boundary", "training_reaches_the_end"} <= broken(report)
+
+
+# What the kit does not tell right yet -------------------------------------------------------
+
+
+@pytest.mark.xfail(
+    raises=AssertionError, strict=True, reason="an update that no optimizer makes is not seen"
+)
+def test_an_update_by_hand_breaks_nothing() -> None:
+    assert broken(judged(example("peers_by_hand").without, CASE)) == set()
+
+
+@pytest.mark.xfail(
+    raises=AssertionError, strict=True, reason="an update that no optimizer makes is not seen"
+)
+def test_an_update_by_hand_after_backward_breaks_nothing() -> None:
+    by_hand = example("peers_by_hand")
+
+    def train(module: nn.Module, batches: Any) -> None:
+        for batch in batches:
+            state = None
+            for x, y in by_hand.chunks(batch, CASE.chunk):
+                prediction, state = module(x, state)
+                module.zero_grad()
+                mse_loss(prediction, y).backward()  # type: ignore[no-untyped-call]
+                by_hand.by_hand(list(module.parameters()))([p.grad for p in module.parameters()])
+                state = state.detach()
+
+    report = judged(lambda case: tb.Subject(by_hand.Net(case), loss=mse_loss, train=train), CASE)
+
+    assert broken(report) == set()
+
+
+@pytest.mark.xfail(
+    raises=AssertionError,
+    strict=True,
+    reason="a call on one time step (B, I) is held against one on all of (B, T, I)",
+)
+def test_a_single_time_step_of_snntorch_breaks_nothing(snntorch: Any) -> None:
+    assert broken(judged(snntorch.clocked, tb.Case(steps=1, chunk=1))) == set()
+
+
+class Float32(nn.Module):
+    """Makes float32 numbers on the way, as spikes are, and so can't be trained in float64."""
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(case.inputs, case.hidden, batch_first=True)
+        self.readout = nn.Linear(case.hidden, case.outputs)
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        features, state = self.rnn(x.float(), state)
+        return self.readout(features), state
+
+
+@pytest.mark.xfail(
+    raises=AssertionError,
+    strict=True,
+    reason="a halt in float32 is hidden behind the one in float64",
+)
+def test_a_loop_that_halts_in_float32_is_told_of_that_halt() -> None:
+    def train(module: nn.Module, batches: Any) -> None:
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        for batch in batches:
+            state = None
+            for x, y in zip(*(part.split(CASE.chunk, dim=1) for part in batch), strict=True):
+                prediction, state = module(x, state)
+                optimizer.zero_grad()
+                mse_loss(prediction, y.float()).backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+
+    report = judged(lambda case: tb.Subject(Float32(case), loss=mse_loss, train=train), CASE)
+
+    assert "graph_crosses_no_boundary" in broken(report)
