@@ -202,7 +202,6 @@ WIRED_CASES = (
 )
 
 
-# Right loops that are called wrong: defects of the judge's, each with what it gets wrong.
 def wired(unusual: Unusual, **told: Any) -> tb.Subject:
     def batches(case: tb.Case) -> list[Any]:
         return unusual.batches
