@@ -6,10 +6,12 @@ Shapes: B sequences, T time steps, K time steps in a chunk, O outputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tbptt_props.batch import Batch
 from tbptt_props.compare import close
 from tbptt_props.places import time_first
 from tbptt_props.trace import Place
@@ -18,31 +20,31 @@ FURTHEST = 3  # time steps by which targets are looked for beside their own
 
 
 def targets_of(
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: Callable[[Tensor, Any], Tensor],
     prediction: Tensor,
     cotangent: Tensor | None,
     found: float,
-    y: Tensor,
+    batch: Batch,
     places: Tensor,
 ) -> tuple[Place, ...] | None:
     """Return the (sequence, time step) of each target that explains the loss that was found.
 
     Tried are the chunk's own targets, then those of the time steps on which the loss depends (its
     gradient by the prediction, `cotangent`, is zero on all others), then those shifted in time.
-    None where nothing explains it. `places` is (B, K, 2) or (K, B, 2), `y` is (B, T, ...).
+    None where nothing explains it. `places` is (B, K, 2) or (K, B, 2).
     """
-    for candidate in _candidates(cotangent, y, places):
+    for candidate in _candidates(cotangent, batch.inputs.shape[1], places):
         if candidate.dim() == 3 and not candidate.numel():
             continue
-        rows, its_own = candidate[..., :2], prediction
+        its_own = prediction
         if candidate.shape != places.shape:
             its_own = prediction.index_select(_time(places), _used(cotangent, places))
-        if _explains(loss, its_own, y[rows[..., 0], rows[..., 1]], found):
+        if _explains(loss, its_own, batch.targets_at(candidate), found):
             return tuple((int(b), int(t)) for b, t in candidate.reshape(-1, 2).tolist())
     return None
 
 
-def _candidates(cotangent: Tensor | None, y: Tensor, places: Tensor) -> Iterator[Tensor]:
+def _candidates(cotangent: Tensor | None, steps: int, places: Tensor) -> Iterator[Tensor]:
     yield places
     if places.dim() != 3 or cotangent is None or cotangent.shape[:2] != places.shape[:2]:
         return
@@ -50,7 +52,7 @@ def _candidates(cotangent: Tensor | None, y: Tensor, places: Tensor) -> Iterator
     for shift in sorted(range(-FURTHEST, FURTHEST + 1), key=abs):
         for base in (used, places):
             moved = base + torch.tensor([0, shift])
-            if bool(((moved[..., 1] >= 0) & (moved[..., 1] < y.shape[1])).all()):
+            if bool(((moved[..., 1] >= 0) & (moved[..., 1] < steps)).all()):
                 yield moved
         rolled = places.roll(shift, dims=_time(places))
         yield rolled
@@ -68,7 +70,7 @@ def _used(cotangent: Tensor | None, places: Tensor) -> Tensor:
 
 
 def _explains(
-    loss: Callable[[Tensor, Tensor], Tensor], prediction: Tensor, target: Tensor, found: float
+    loss: Callable[[Tensor, Any], Tensor], prediction: Tensor, target: Any, found: float
 ) -> bool:
     try:
         with torch.no_grad():

@@ -13,21 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tbptt_props.places import lanes_of
 from tbptt_props.state import leaves, map_tensors
 
-Parts = Callable[[Any], tuple[Tensor, Tensor | None]]
+Parts = Callable[[Any], tuple[Tensor, Any]]
 
 
 @dataclass(frozen=True)
 class Batch:
     """Whatever a loop is handed, and in it inputs (B, T, ...) and targets, with sequences first.
 
-    Targets are (B, T, ...), or of another shape where there is one for each sequence, or None.
+    Targets are (B, T, ...), or of another shape where there is one for each sequence, or None; or
+    any nesting of such tensors, for a loss that takes a mask as well.
     """
 
     whole: Any
     inputs: Tensor
-    targets: Tensor | None
+    targets: Any
     parts: Parts
 
     @classmethod
@@ -44,7 +46,27 @@ class Batch:
     @property
     def by_step(self) -> bool:
         """Whether there is a target for each time step."""
-        return self.targets is not None and self.targets.shape[:2] == self.inputs.shape[:2]
+        return any(map(self._has_steps, leaves(self.targets).values()))
+
+    def _has_steps(self, tensor: Tensor) -> bool:
+        return tensor.shape[:2] == self.inputs.shape[:2]
+
+    def targets_at(self, places: Tensor) -> Any:
+        """Return the targets of these (sequence, time step)s, laid out as they are: (..., 2).
+
+        Of what there is one of for each sequence, it is that of the sequence in each row. None
+        where rows are not of one sequence each, and there is such.
+        """
+        lanes = lanes_of(places)
+        if not lanes and not all(map(self._has_steps, leaves(self.targets).values())):
+            return None
+
+        def taken(tensor: Tensor) -> Tensor:
+            if self._has_steps(tensor):
+                return tensor[places[..., 0], places[..., 1]]
+            return tensor[list(lanes)]
+
+        return map_tensors(taken, self.targets)
 
     def copied(self) -> Batch:
         """Return a copy that shares no memory with it, but within itself as it does."""
@@ -68,9 +90,10 @@ class Batch:
         sequences, steps = self.inputs.shape[:2]
         left_out = 0 if stop is None else steps - stop
         first = self.inputs.stride(0) >= self.inputs.stride(1)  # sequences lie first in memory
+        uncut = 0 if self.by_step else id(self.targets)
 
         def cut(tensor: Tensor) -> Tensor:
-            if tensor is self.targets and not self.by_step:
+            if id(tensor) == uncut:
                 return tensor
             for dim in (1, 0) if first else (0, 1):
                 if _runs_along(tensor, dim, sequences, steps):
@@ -82,11 +105,33 @@ class Batch:
         except ValueError:
             return None
         due = (sequences, steps - start - left_out)
-        alike = rest.targets is not None and rest.targets.shape[:2] == due
-        return rest if rest.inputs.shape[:2] == due and alike == self.by_step else None
+        return rest if rest.inputs.shape[:2] == due and rest.by_step == self.by_step else None
+
+    def lengths_cut(self, start: int) -> Batch | None:
+        """Return it, cut at `start`, with what may be lengths of its sequences cut as well.
+
+        None where nothing may be: these are whole numbers, one for each sequence, up to T.
+        """
+        sequences, steps = self.inputs.shape[0], self.inputs.shape[1] + start
+        found = [
+            tensor
+            for tensor in leaves(self.whole).values()
+            if tensor.shape == (sequences,)
+            and not (tensor.is_floating_point() or tensor.is_complex() or tensor is self.targets)
+            and tensor.dtype != torch.bool
+            and 0 <= int(tensor.min()) <= int(tensor.max()) <= steps
+        ]
+        if not found:
+            return None
+
+        def cut(tensor: Tensor) -> Tensor:
+            lengths = any(tensor is other for other in found)
+            return (tensor - start).clamp(min=0) if lengths else tensor
+
+        return Batch.of(map_tensors(cut, self.whole), self.parts)
 
 
-def first_two(whole: Any) -> tuple[Tensor, Tensor | None]:
+def first_two(whole: Any) -> tuple[Tensor, Any]:
     """Take a batch's first two tensors for its inputs and its targets.
 
     Raises:
@@ -107,12 +152,13 @@ def first_two(whole: Any) -> tuple[Tensor, Tensor | None]:
     return inputs, targets
 
 
-def _checked(parts: Any) -> tuple[Tensor, Tensor | None]:
+def _checked(parts: Any) -> tuple[Tensor, Any]:
+    due = "parts must return a pair of tensors (inputs, targets)"
     if not isinstance(parts, tuple) or len(parts) != 2 or not isinstance(parts[0], Tensor):
-        raise ValueError("parts must return a pair of tensors (inputs, targets)")
+        raise ValueError(due)
     inputs, targets = parts
-    if targets is not None and not isinstance(targets, Tensor):
-        raise ValueError("parts must return a pair of tensors (inputs, targets)")
+    if targets is not None and not leaves(targets):
+        raise ValueError(due)
     if inputs.dim() < 2:
         raise ValueError(f"must have inputs (B, T, ...), got {tuple(inputs.shape)}")
     return inputs, targets

@@ -258,18 +258,28 @@ def _rerun(
     # order for others; but a loop may be unable to take a view, or copy it first. Either will do.
     cut = _cut(batches, left, lambda part: part)
     if cut is None:
-        return Rerun(where, missing="batches of which it is clear how to cut them along time")
+        return Rerun(where, missing=_UNCLEAR)
     rerun = _gone_on(fresh(), cut, left, first, where)
     if left.start and not _alike(rerun):
         contiguous = _cut(batches, left, torch.Tensor.contiguous)
         # Nor may a loop know that it goes on: it tells forward to start, and counts from zero.
         rerun = _gone_on(fresh(), contiguous or cut, left, first, where)
         if not _alike(rerun):
-            cut = _cut(batches, left, lambda part: part)
             thorough = replace(left, thorough=True)
-            again = _gone_on(fresh(), cut or [], thorough, first, where)
+            anew = _cut(batches, left, lambda part: part) or cut
+            again = _gone_on(fresh(), anew, thorough, first, where)
             rerun = again if _alike(again) else rerun
-    return rerun
+    if not left.start or _alike(rerun):
+        return rerun
+    shorter = (_cut(batches, left, lambda part: part) or cut)[left.batch].lengths_cut(left.start)
+    if shorter is None:
+        return rerun
+    cut[left.batch] = shorter
+    again = _gone_on(fresh(), cut, left, first, where)
+    return again if _alike(again) else Rerun(where, missing=_UNCLEAR)
+
+
+_UNCLEAR = "batches of which it is clear how to cut them along time"
 
 
 def _cut(
@@ -442,8 +452,11 @@ def _of_whole(batch: Batch, chunk: Chunk) -> Chunk:
     assert outcome is not None
     if len(given.calls) == 1:
         swapped = time_dimension(chunk) == 0
-        x, y = batch.inputs, batch.targets
-        target = y.transpose(0, 1) if y is not None and swapped and batch.by_step else y
+        x, target = batch.inputs, batch.targets
+        if swapped:
+            target = map_tensors(
+                lambda y: y.transpose(0, 1) if y.shape[:2] == x.shape[:2] else y, target
+            )
         if isinstance(given.calls[0].x, Tensor):
             call = replace(given.calls[0], x=x.transpose(0, 1) if swapped else x)
             given = replace(given, calls=(call,), target=target)

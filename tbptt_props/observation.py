@@ -187,16 +187,18 @@ def _usable(index: int, whole: Any, parts: Parts | None) -> Batch:
 
 
 def _require_finite(name: str, batch: Batch) -> None:
-    x, y = batch.inputs, batch.targets
-    if y is not None and (y.dim() < 1 or len(y) != len(x) or (y.dim() > 2 and not batch.by_step)):
-        raise ValueError(
-            f"{name} must have inputs (B, T, ...) and targets (B, T, ...) of the same B and T, "
-            f"got {tuple(x.shape)} and {tuple(y.shape)}"
-        )
-    if not x.numel() or (y is not None and not y.numel()):
+    x, targets = batch.inputs, leaves(batch.targets, "targets")
+    for y in targets.values():
+        by_step = y.shape[:2] == x.shape[:2]
+        if y.dim() < 1 or len(y) != len(x) or (y.dim() > 2 and not by_step):
+            raise ValueError(
+                f"{name} must have inputs (B, T, ...) and targets (B, T, ...) of the same B and T, "
+                f"got {tuple(x.shape)} and {tuple(y.shape)}"
+            )
+    if not x.numel() or not all(y.numel() for y in targets.values()):
         raise ValueError(f"{name} must not be empty, got inputs {tuple(x.shape)}")
-    for part, tensor in (("inputs", x), ("targets", y)):
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+    for part, tensor in (("inputs", x), *targets.items()):
+        if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name} must be finite, got NaN or infinity among its {part}")
 
 

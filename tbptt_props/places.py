@@ -102,3 +102,13 @@ def span_of(places: Tensor | None) -> Span | None:
     steps = places[..., 1]
     steps = steps[steps >= 0]
     return int(steps.min()), int(steps.max()) + 1
+
+
+def lanes_of(places: Tensor | None) -> tuple[int, ...]:
+    """Return the sequence in each row; () where rows are not of one sequence each."""
+    if places is None or places.dim() != 3:
+        return ()
+    rows = places.transpose(0, 1) if time_first(places) else places
+    if bool((rows[:, :, 0] != rows[:, :1, 0]).any()):
+        return ()
+    return tuple(int(sequence) for sequence in rows[:, 0, 0])

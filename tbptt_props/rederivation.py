@@ -296,25 +296,36 @@ def _form_of(subject: Subject, given: Given, predictions: Sequence[Tensor], foun
     return next((form for form in forms if near(float(losses[form]), found)), "whole")
 
 
-def _as_trained(
-    subject: Subject, target: Tensor, predictions: Sequence[Tensor], form: Form
-) -> Tensor:
+def _as_trained(subject: Subject, target: Any, predictions: Sequence[Tensor], form: Form) -> Tensor:
     """Compute the loss over the chunk, put together in this form."""
     assert subject.loss is not None  # without one, there is no target
     if len(predictions) == 1:
         return subject.loss(predictions[0], target)
     if all(p.dim() == 2 for p in predictions):
-        pieces = list(target.unbind(1))
+        pieces = [_narrowed(target, 1, i, 1, drop=True) for i in range(len(predictions))]
         whole = torch.stack(list(predictions), dim=1)
     else:
-        time = _time_of(predictions, target)
-        pieces = list(torch.split(target, [p.shape[time] for p in predictions], dim=time))
+        time = _time_of(predictions, next(iter(leaves(target).values())))
+        lengths = [p.shape[time] for p in predictions]
+        starts = [sum(lengths[:i]) for i in range(len(lengths))]
+        pieces = [_narrowed(target, time, *cut) for cut in zip(starts, lengths, strict=True)]
         whole = torch.cat(list(predictions), dim=time)
     if form == "whole":
         return subject.loss(whole, target)
     loss = subject.loss
     losses = torch.stack([loss(p, y) for p, y in zip(predictions, pieces, strict=True)])
     return losses.mean() if form == "mean" else losses.sum()
+
+
+def _narrowed(target: Any, dim: int, start: int, length: int, *, drop: bool = False) -> Any:
+    """Cut targets (B, K, ...) along time; of one time step, the dimension may be dropped."""
+
+    def cut(tensor: Tensor) -> Tensor:
+        if tensor.dim() <= dim:  # one for each sequence
+            return tensor
+        return tensor.select(dim, start) if drop else tensor.narrow(dim, start, length)
+
+    return map_tensors(cut, target)
 
 
 def _time_of(predictions: Sequence[Tensor], target: Tensor) -> int:

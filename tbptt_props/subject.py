@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tbptt_props.batch import Parts
 from tbptt_props.case import Case
 from tbptt_props.contract import Contract
+from tbptt_props.state import leaves
 
 Batches = Sequence[Any]
 
@@ -53,7 +54,9 @@ class Subject:
             `case.tensors()`, pairs of inputs (B, T, I) and targets (B, T, O).
         parts: returns inputs (B, T, ...) and targets of such a batch, sequences first, as views of
             it: `lambda ids: (ids[:, :-1], ids[:, 1:])`. Targets are (B, T, ...), one for each
-            sequence, or None. By default they are the batch's first and second tensor.
+            sequence, or None; or a tuple or dict of such, which `loss` then gets cut to the chunk:
+            `lambda b: (b["x"], (b["y"], b["mask"]))`. By default they are the batch's first and
+            second tensor.
         outputs: returns `(prediction, state)` of what forward returns, where that is no pair:
             `lambda out: (out["logits"], out["past"])`.
         train: `train(module, batches)` trains a module that is no LightningModule.
@@ -68,7 +71,7 @@ class Subject:
     """
 
     module: nn.Module
-    loss: Callable[[Tensor, Tensor], Tensor] | None = field(default=None, kw_only=True)
+    loss: Callable[[Tensor, Any], Tensor] | None = field(default=None, kw_only=True)
     forward: str = field(default="forward", kw_only=True)
     state: str | tuple[str, ...] = field(default=(), kw_only=True)
     contract: Contract = field(default_factory=Contract, kw_only=True)
@@ -128,7 +131,7 @@ class Subject:
             ) from error
         return replace(self, module=module, loss=self._loss_of(module))
 
-    def _loss_of(self, module: nn.Module) -> Callable[[Tensor, Tensor], Tensor] | None:
+    def _loss_of(self, module: nn.Module) -> Callable[[Tensor, Any], Tensor] | None:
         """Return the loss, bound to the copy where it was a method of the original."""
         if inspect.ismethod(self.loss) and self.loss.__self__ is self.module:
             return self.loss.__func__.__get__(module)  # type: ignore[no-any-return]
@@ -154,15 +157,15 @@ def require(subject: object, case: object) -> None:
         raise TypeError(f"case must be a Case, got case={shortened(case)}")
 
 
-def held_to_be_one(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+def held_to_be_one(loss: Callable[[Tensor, Any], Tensor]) -> Callable[[Tensor, Any], Tensor]:
     """Return `loss`, raising an ObservationError where it is none that a chunk can be judged by."""
 
     @functools.wraps(loss, updated=())
-    def held(prediction: Tensor, target: Tensor) -> Tensor:
+    def held(prediction: Tensor, target: Any) -> Tensor:
         try:
             value: object = loss(prediction, target)
         except Exception as error:
-            shapes = f"{tuple(prediction.shape)} and a target of shape {tuple(target.shape)}"
+            shapes = f"{tuple(prediction.shape)} and {_shaped(target)}"
             raise ObservationError(
                 f"{LOSS_IS_DUE}, but for a prediction of shape {shapes} it raised "
                 f"{type(error).__name__}: {error}"
@@ -170,6 +173,11 @@ def held_to_be_one(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor
         return _held(value, prediction)
 
     return held
+
+
+def _shaped(target: Any) -> str:
+    shapes = " and ".join(str(tuple(leaf.shape)) for leaf in leaves(target).values())
+    return f"a target of shape {shapes}"
 
 
 LOSS_IS_DUE = "loss must take (prediction, target) and return a scalar tensor"

@@ -113,7 +113,7 @@ class Given:
     trainable: frozenset[str]
     attributes: Mapping[str, Mapping[str, Any]]  # plain attributes, by submodule
     randomness: Any  # the random-number generators' state
-    target: Tensor | None  # what the loss is due to compare with; None where not known
+    target: Any  # what the loss is due to compare with, a tensor or several; None: not known
     feeding: frozenset[str] = frozenset()  # parameters that the incoming state is made from
     initial: Any = None  # the state in which the whole run began
     repeats: tuple[Any, ...] = ()  # states from which a closure's later evaluations started

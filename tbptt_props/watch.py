@@ -32,7 +32,7 @@ from tbptt_props.batch import Batch
 from tbptt_props.compare import difference, same, scaling
 from tbptt_props.forward import Arguments, Forward
 from tbptt_props.graph import any_within, nodes_behind, numbers_behind, sequence_number
-from tbptt_props.places import locate, span_of, time_first
+from tbptt_props.places import lanes_of, locate, span_of, time_first
 from tbptt_props.process import Hung, Watchdog, randomness
 from tbptt_props.state import leaves, value_of
 from tbptt_props.subject import ObservationError, Subject, WiringError
@@ -254,7 +254,7 @@ class Watch:
     def ended_in(self, places: Tensor) -> list[Any]:
         """Return the states that the chunk before ended in, if its rows are those at `places`."""
         chunk = self.current
-        if chunk is None or _lanes(_joined(chunk.calls)) != _lanes(places):
+        if chunk is None or lanes_of(_joined(chunk.calls)) != lanes_of(places):
             return []
         return chunk.states
 
@@ -835,30 +835,22 @@ class Watch:
             starts_batch=live.starts_batch,
             evaluations=live.evaluations,
             pieces=_pieces(live.calls),
-            lanes=_lanes(places),
+            lanes=lanes_of(places),
             moved=_has_moved(live.rules),
             index=live.index,
             adds_up=self.subject.contract.adds_up,
         )
 
-    def _target(self, live: _LiveChunk, places: Tensor | None) -> Tensor | None:
+    def _target(self, live: _LiveChunk, places: Tensor | None) -> Any:
         """Return the targets at the places that were fed, laid out as the inputs were."""
         if places is None or not 0 <= live.batch < len(self.pristine):
             return None
         batch = self.pristine[live.batch]
         if batch.targets is None or self.subject.loss is None or bool((places < 0).any()):
             return None
-        by_step = batch.targets[places[..., 0], places[..., 1]] if batch.by_step else None
-        lanes = _lanes(places)
-        by_sequence = batch.targets[list(lanes)] if lanes else None
-        if by_step is None or by_sequence is None:
-            return by_step if by_sequence is None else by_sequence
-        # Where O = T, (B, O) looks like (B, T): the prediction tells which it is.
-        predicted = [
-            None if c.call.prediction is None else c.call.prediction.shape for c in live.calls
-        ]
-        one_each = batch.targets.dim() == 2 and predicted == [by_sequence.shape]
-        return by_sequence if one_each and by_step.shape != by_sequence.shape else by_step
+        if _is_one_each(batch, live.calls, places):
+            return batch.targets[list(lanes_of(places))]
+        return batch.targets_at(places)
 
     def _targets(self, live: _LiveChunk, places: Tensor | None) -> tuple[Place, ...] | None:
         """Tell which targets the loss looked at; None where that is not known."""
@@ -866,21 +858,24 @@ class Watch:
             return None
         call = live.calls[0]
         batch = self.pristine[live.batch]
-        prediction, y = call.call.prediction, batch.targets if batch.by_step else None
-        if prediction is None or y is None or self.subject.loss is None:
+        prediction = call.call.prediction
+        if prediction is None or not batch.by_step or self.subject.loss is None:
             return None
-        return targets_of(self.subject.loss, prediction, call.cotangent, live.loss, y, places)
+        return targets_of(self.subject.loss, prediction, call.cotangent, live.loss, batch, places)
 
     def _note_changes(self, index: int) -> None:
         live, self.live_batch, self.in_batch = self.live_batch, None, False
         if live is None or not 0 <= index < len(self.pristine):
             return
         kept = self.pristine[index]
-        pairs = (("inputs", live.inputs, kept.inputs), ("targets", live.targets, kept.targets))
-        for name, now, before in pairs:
-            if now is None or before is None or now.shape != before.shape or same(now, before):
+        after, before = (
+            {"inputs": batch.inputs, **leaves(batch.targets, "targets")} for batch in (live, kept)
+        )
+        for name, now in after.items():
+            then = before.get(name)
+            if then is None or now.shape != then.shape or same(now, then):
                 continue
-            self.changed.append((index, difference(name, now, before)))
+            self.changed.append((index, difference(name, now, then)))
 
 
 def _only_layer(module: nn.Module) -> str | None:
@@ -923,14 +918,17 @@ def _joined(calls: list[_LiveCall]) -> Tensor | None:
     return torch.cat(found, dim=dim) if len(others) == 1 else None
 
 
-def _lanes(places: Tensor | None) -> tuple[int, ...]:
-    """Return the sequence in each row; () where rows are not of one sequence each."""
-    if places is None or places.dim() != 3:
-        return ()
-    rows = places.transpose(0, 1) if time_first(places) else places
-    if bool((rows[:, :, 0] != rows[:, :1, 0]).any()):
-        return ()
-    return tuple(int(sequence) for sequence in rows[:, 0, 0])
+def _is_one_each(batch: Batch, calls: Sequence[_LiveCall], places: Tensor) -> bool:
+    """Tell whether there is a target for each sequence, where (B, O) looks like (B, T).
+
+    Where O = T, the prediction tells which it is.
+    """
+    targets = batch.targets
+    if not isinstance(targets, Tensor) or targets.dim() != 2 or not batch.by_step:
+        return False
+    predicted = [None if c.call.prediction is None else c.call.prediction.shape for c in calls]
+    one_each = (len(lanes_of(places)), targets.shape[1])
+    return predicted == [one_each] and places.shape[:-1] != one_each
 
 
 def _has_moved(rules: list[Rule]) -> bool:

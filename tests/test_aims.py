@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, l1_loss, mse_loss
 
 from tbptt_props.aims import FURTHEST, targets_of
+from tbptt_props.batch import Batch
 from tbptt_props.case import Case
 from tbptt_props.strategies import cases
 from tbptt_props.trace import Place
@@ -37,6 +38,10 @@ def at(places: Tensor) -> Tensor:
     return TARGETS[places[..., 0], places[..., 1]]
 
 
+def batch_with(targets: Tensor) -> Batch:
+    return Batch.of((torch.zeros(*targets.shape[:2], 1), targets), None)
+
+
 def listed(places: Tensor) -> tuple[Place, ...]:
     return tuple((int(b), int(t)) for b, t in places.reshape(-1, 2).tolist())
 
@@ -48,7 +53,9 @@ def found_for(
     prediction = random(*places.shape[:-1], 2, seed=1).requires_grad_()
     value = trained(prediction)
     (cotangent,) = torch.autograd.grad(value, prediction)
-    return targets_of(loss, prediction.detach(), cotangent, float(value.detach()), y, places)
+    return targets_of(
+        loss, prediction.detach(), cotangent, float(value.detach()), batch_with(y), places
+    )
 
 
 CHUNK = PLACES[:, 3:6]
@@ -81,7 +88,9 @@ def test_a_loss_against_its_own_targets_looked_at_those_in_every_case(case: Case
     value = mse_loss(prediction, y[:, : case.chunk])
     (cotangent,) = torch.autograd.grad(value, prediction)
 
-    found = targets_of(mse_loss, prediction.detach(), cotangent, float(value.detach()), y, places)
+    found = targets_of(
+        mse_loss, prediction.detach(), cotangent, float(value.detach()), batch_with(y), places
+    )
 
     assert found == listed(places)
 
@@ -163,8 +172,8 @@ def test_where_the_gradient_is_not_known_only_its_own_targets_are_tried() -> Non
     own = float(mse_loss(prediction, at(CHUNK)))
     last = float(mse_loss(prediction[:, 2:], at(CHUNK[:, 2:])))
 
-    assert targets_of(mse_loss, prediction, None, own, TARGETS, CHUNK) == listed(CHUNK)
-    assert targets_of(mse_loss, prediction, None, last, TARGETS, CHUNK) is None
+    assert targets_of(mse_loss, prediction, None, own, batch_with(TARGETS), CHUNK) == listed(CHUNK)
+    assert targets_of(mse_loss, prediction, None, last, batch_with(TARGETS), CHUNK) is None
 
 
 def test_a_loss_that_depends_on_no_prediction_is_not_told() -> None:

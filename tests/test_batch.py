@@ -293,3 +293,49 @@ def test_a_batch_that_nobody_knows_how_to_cut_is_not_cut(name: str) -> None:
     whole, parts = UNCUT[name]
 
     assert Batch.of(whole, parts).cut(2) is None
+
+
+# Several targets -----------------------------------------------------------------------------
+
+LENGTHS = torch.tensor([7, 4, 2])
+
+
+def masked(batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    x, y, lengths = batch
+    mask = torch.arange(x.shape[1]) < lengths[:, None]
+    return x, {"y": y, "mask": mask, "weight": lengths}
+
+
+def test_several_targets_are_taken_at_the_places_of_a_chunk() -> None:
+    batch = Batch.of((X, Y, LENGTHS), masked)
+    places = torch.stack(
+        torch.meshgrid(torch.tensor([2, 0]), torch.arange(3, 5), indexing="ij"), -1
+    )
+
+    target = batch.targets_at(places)
+
+    assert batch.by_step
+    assert torch.equal(target["y"], Y[[2, 0], 3:5])
+    assert target["mask"].tolist() == [[False, False], [True, True]]
+    assert target["weight"].tolist() == [2, 7]
+    assert batch.targets_at(places[0]) is None  # of no row is it clear which sequence it is
+
+
+def test_what_may_be_lengths_is_cut_with_the_sequences() -> None:
+    batch = Batch.of((X, Y, LENGTHS), masked)
+    cut = batch.cut(3)
+    assert cut is not None
+
+    shorter = cut.lengths_cut(3)
+
+    assert shorter is not None
+    assert shorter.whole[2].tolist() == [4, 1, 0]
+    assert torch.equal(shorter.targets["mask"], batch.targets["mask"][:, 3:])
+    assert batch.whole[2].tolist() == [7, 4, 2]
+
+
+@pytest.mark.parametrize(
+    "other", [torch.tensor([7, 9, 2]), torch.tensor([0.5, 1.0, 2.0]), torch.tensor([1, 2]), Y]
+)
+def test_what_can_be_no_lengths_is_not_cut(other: Tensor) -> None:
+    assert Batch.of((X, Y, other), None).lengths_cut(0) is None

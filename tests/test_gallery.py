@@ -8,7 +8,7 @@ import torch
 from gallery.broken import BROKEN
 from gallery.broken_shapes import BROKEN_SHAPES, SelfResetInForward, as_wired
 from gallery.correct import CORRECT
-from gallery.other_shapes import OTHER, Unusual, growing
+from gallery.other_shapes import OTHER, Unusual, growing, with_mask
 from torch.nn.functional import mse_loss
 
 import tbptt_props as tb
@@ -179,6 +179,8 @@ WIRED: dict[str, dict[str, Any]] = {
     "time_major_batches": {"parts": lambda b: (b[0].transpose(0, 1), b[1].transpose(0, 1))},
     "shifted_tokens": {"parts": lambda ids: (ids[:, :-1], ids[:, 1:])},
     "next_input": {"parts": lambda x: (x[:-1].transpose(0, 1), x[1:].transpose(0, 1))},
+    "ragged": {"parts": with_mask},
+    "packed": {"parts": with_mask, "state": "state"},
     "named_batches": {"parts": lambda batch: (batch.input, batch.target)},
     "pair_of_inputs": {"parts": lambda batch: (batch[0][0], batch[1])},
     "episode_mask": {"state": "state"},

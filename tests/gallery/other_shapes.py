@@ -19,8 +19,9 @@ import torch.nn.functional as F  # noqa: N812 -- as everybody writes it
 from lightning.fabric import Fabric
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn, optim
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from gallery.correct import Batch, Loss
+from gallery.correct import Batch
 from tbptt_props.case import Case
 
 Batches = list[Any]
@@ -31,7 +32,7 @@ class Unusual:
     """What a loop trains, by what loss, on what; `train` is None where a Trainer's fit does it."""
 
     module: nn.Module
-    loss: Loss
+    loss: Callable[[Tensor, Any], Tensor]
     batches: Batches
     train: Callable[[Any, Batches], None] | None = None
 
@@ -1002,6 +1003,69 @@ class SpeakerIds(LightningModule):
         return optim.SGD(self.parameters(), lr=0.1)
 
 
+def masked_mse(prediction: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
+    """Average over the time steps that a mask (B, T) leaves."""
+    y, mask = target
+    return ((prediction - y).square().mean(-1) * mask).sum() / mask.sum().clamp(min=1)
+
+
+def mask_of(x: Tensor, lengths: Tensor) -> Tensor:
+    return (torch.arange(x.size(1)) < lengths[:, None]).to(x.dtype)
+
+
+class Ragged(Plain):
+    """A batch carries the lengths (B,) of its sequences; what is behind them has no loss."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        x, y, lengths = batch
+        parts = (x, y, mask_of(x, lengths))
+        state: Any = None
+        for x, y, mask in zip(*(part.split(self.k, dim=1) for part in parts), strict=True):
+            prediction, state = self(x, state)
+            opt.zero_grad()
+            self.manual_backward(masked_mse(prediction, (y, mask)))
+            opt.step()
+            state = state.detach()
+
+
+class Packed(Ragged):
+    """forward(x, lengths, state) packs what the sequences have in the chunk, one step at least."""
+
+    def forward(self, x: Tensor, lengths: Tensor, state: Any = None) -> tuple[Tensor, Any]:  # type: ignore[override]
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        features, state = self.rnn(packed, state)
+        padded, _ = pad_packed_sequence(features, batch_first=True, total_length=x.size(1))
+        return self.head(padded), state
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        whole, y, lengths = batch
+        mask = mask_of(whole, lengths)
+        state: Any = None
+        for start in range(0, whole.size(1), self.k):
+            now = slice(start, start + self.k)
+            x = whole[:, now]
+            prediction, state = self(x, (lengths - start).clamp(1, x.size(1)), state)
+            opt.zero_grad()
+            self.manual_backward(masked_mse(prediction, (y[:, now], mask[:, now])))
+            opt.step()
+            state = state.detach()
+
+
+def ragged_batches(case: Case) -> Batches:
+    generator = torch.Generator().manual_seed(case.seed)
+    return [
+        (x, y, torch.randint(1, x.size(1) + 1, (len(x),), generator=generator))
+        for x, y in case.tensors()
+    ]
+
+
+def with_mask(batch: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    x, y, lengths = batch
+    return x, (y, mask_of(x, lengths))
+
+
 class Named(NamedTuple):
     target: Tensor
     input: Tensor
@@ -1307,6 +1371,14 @@ OTHER: dict[str, tuple[str, Callable[[Case], Unusual]]] = {
             F.mse_loss,
             [(x, y, torch.arange(len(x)) % 3) for x, y in c.tensors()],
         ),
+    ),
+    "ragged": (
+        "a batch is (x, y, lengths); the loss leaves out what is behind a sequence's end",
+        lambda c: Unusual(Ragged(c), masked_mse, ragged_batches(c)),
+    ),
+    "packed": (
+        "the same, and forward(x, lengths, state) packs each chunk",
+        lambda c: Unusual(Packed(c), masked_mse, ragged_batches(c)),
     ),
     "named_batches": (
         "a batch is a named tuple (target, input)",
