@@ -210,13 +210,23 @@ def resumed(
         return Rerun("", missing=_NO_BOUNDARY[watch.subject.contract.adds_up])
     batch, start = marks.where
     where = f"{f'batch {batch}, ' if batch else ''}from time step {start} on"
-    if not watch.training.optimizers:
-        return Rerun(where, missing="the optimizers are not known before training")
+    unknown = _unknown_memory(watch)
+    if unknown:
+        return Rerun(where, missing=unknown)
     if marks.boundary is None:
         if any(chunk.span is None for chunk in watch.closed):
             return Rerun(where, missing="inputs of forward are not the batch's own")
         return Rerun(where, problem="no chunk starts there to go on from")
     return _rerun(fresh, batches, marks.boundary, first, where)
+
+
+def _unknown_memory(watch: Watch) -> str:
+    """Say why not all is known that updates go by; '' where it is."""
+    if not watch.by_hand:
+        return "" if watch.training.optimizers else "the optimizers are not known before training"
+    if watch.subject.contract.adds_up or not watch.rate.steady:
+        return "updates by hand that are one multiple of the gradient: others may remember more"
+    return ""
 
 
 _NO_BOUNDARY = {
@@ -240,8 +250,9 @@ def alone(
         return Rerun(where, missing="lengths of chunks that are known before")
     if watch.subject.contract.carry != "within":
         return Rerun(where, missing="a contract by which each batch starts afresh")
-    if not watch.training.optimizers:
-        return Rerun(where, missing="the optimizers are not known before training")
+    unknown = _unknown_memory(watch)
+    if unknown:
+        return Rerun(where, missing=unknown)
     if marks.reset is None:
         return Rerun(where, missing="training did not get to the last batch")
     return _rerun(fresh, batches, marks.reset, first, where)
@@ -412,6 +423,8 @@ def one_chunk(
     if chunk is None or chunk.given is None or chunk.outcome is None or chunk.span is None:
         return Rerun(where, missing="no chunk of the batch's own was observed")
     rules = watch.initial_rules or list(chunk.outcome.rules)
+    if watch.by_hand:
+        return Rerun(where, missing="an optimizer of torch's: updates are made by hand")
     if not rules:
         return Rerun(where, missing="the optimizers are not known")
     contract = watch.subject.contract
