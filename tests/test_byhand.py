@@ -262,6 +262,26 @@ def test_a_right_loop_breaks_nothing_by_whatever_rule_it_updates(update: str, lo
 
 
 @pytest.mark.parametrize("loop", LOOPS)
+def test_clipping_that_is_promised_is_not_judged_where_it_can_not_be_seen(loop: str) -> None:
+    assert judged(LOOPS[loop](clipped), contract=tb.Contract(clip_norm=0.5)) == {}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_an_update_is_seen_though_the_loop_stops_after_it(loop: str) -> None:
+    detached: list[Tensor] = []
+
+    def stop(state: Tensor) -> Tensor:
+        detached.append(state.detach())
+        if len(detached) == 2:
+            raise ValueError("enough")
+        return detached[-1]
+
+    report = checked(LOOPS[loop](in_place, after=stop))
+
+    assert {verdict.name for verdict in report.broken} == {"training_reaches_the_end"}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
 def test_what_is_not_judged_of_a_loop_without_an_optimizer_says_so(loop: str) -> None:
     needed = "an optimizer of torch's: updates are made by hand"
 
