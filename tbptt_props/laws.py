@@ -453,13 +453,15 @@ def _of_whole(batch: Batch, chunk: Chunk) -> Chunk:
     given, outcome = chunk.given, chunk.outcome
     assert given is not None
     assert outcome is not None
-    if len(given.calls) == 1:
+    called = given.calls[0].x
+    if len(given.calls) == 1 and isinstance(called, Tensor):
         swapped = time_dimension(chunk) == 0
         x, y = batch.inputs, batch.targets
-        target = y.transpose(0, 1) if y is not None and swapped and batch.by_step else y
-        if isinstance(given.calls[0].x, Tensor):
-            call = replace(given.calls[0], x=x.transpose(0, 1) if swapped else x)
-            given = replace(given, calls=(call,), target=target)
+        if called.dim() < x.dim() and x.shape[1] == 1:  # forward takes one time step, without time
+            x, y = x[:, 0], y[:, 0] if y is not None and batch.by_step else y
+        elif swapped:
+            x, y = x.transpose(0, 1), y.transpose(0, 1) if y is not None and batch.by_step else y
+        given = replace(given, calls=(replace(given.calls[0], x=x),), target=y)
     return replace(chunk, given=given, outcome=replace(outcome, cotangents=(), rules=()))
 
 

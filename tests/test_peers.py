@@ -273,6 +273,13 @@ def test_snntorch_has_no_targets_for_the_second_batch_where_chunks_fill_the_firs
     assert said(report, "loss_is_the_chunks_own").startswith("batch 1, time steps 0-0, loss: nan")
 
 
+def test_a_single_time_step_of_snntorch_breaks_nothing(snntorch: Any) -> None:
+    report = judged(snntorch.clocked, tb.Case(steps=1, chunk=1))
+
+    assert broken(report) == set()
+    assert report["one_chunk_is_one_ordinary_update"].status == "holds"
+
+
 def both_kinds(snntorch: Any) -> Build:
     return lambda case: snntorch.clocked(case, layers=snntorch.leaky_and_synaptic)
 
@@ -298,15 +305,6 @@ def test_snntorch_does_not_detach_a_network_that_was_copied(snntorch: Any) -> No
 
 
 # What the kit does not tell right yet -------------------------------------------------------
-
-
-@pytest.mark.xfail(
-    raises=AssertionError,
-    strict=True,
-    reason="a call on one time step (B, I) is held against one on all of (B, T, I)",
-)
-def test_a_single_time_step_of_snntorch_breaks_nothing(snntorch: Any) -> None:
-    assert broken(judged(snntorch.clocked, tb.Case(steps=1, chunk=1))) == set()
 
 
 class Float32(nn.Module):
