@@ -3,9 +3,12 @@
 `docs/peers.md` tells what was found.
 """
 
+import re
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +21,8 @@ from tbptt_props.judge import judge
 
 CASE = tb.Case(batch=2, steps=5, chunk=2, inputs=2, hidden=3, outputs=2, batches=2)
 Build = Callable[[tb.Case], tb.Subject]
+ROOT = Path(__file__).parents[1]
+TOLD = (ROOT / "docs" / "peers.md").read_text()
 
 
 def example(name: str) -> Any:
@@ -41,6 +46,12 @@ def broken(report: tb.Report) -> set[str]:
 
 def said(report: tb.Report, name: str) -> str:
     return "; ".join(map(str, report[name].violations))
+
+
+def tells(quoted: str, case: tb.Case, *, of: str) -> bool:
+    """Tell whether the docs quote this, in the section of a library, with its smallest case."""
+    sections = [part for part in TOLD.split("\n## ") if part.startswith(of)]
+    return len(sections) == 1 and quoted in sections[0] and f"`{case}`" in sections[0]
 
 
 @pytest.fixture(autouse=True)
@@ -177,8 +188,10 @@ def test_ignites_default_dimension_is_the_wrong_one_for_batches_with_sequences_f
 
     report = tb.verify(build, max_examples=15, seed=0)
 
-    assert said(report, "chunks_tile_the_sequence") == "chunks: 0-1, but should be 0-0 1-1"
+    found = said(report, "chunks_tile_the_sequence")
+    assert found == "chunks: 0-1, but should be 0-0 1-1"
     assert report["chunks_tile_the_sequence"].case == tb.Case(steps=2, chunk=1)
+    assert tells(found, tb.Case(steps=2, chunk=1), of="PyTorch-Ignite")
 
 
 def test_what_ignite_does_to_its_last_batch_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,8 +231,11 @@ def test_a_loss_that_accelerate_scales_without_being_told_is_named() -> None:
         return tb.Subject(accelerate.Net(case), loss=mse_loss, train=train)
 
     report = judged(build, CASE)
+    smallest = judged(build, tb.Case(steps=1, chunk=1))["loss_is_the_chunks_own"]
 
     assert broken(report) == {"loss_is_the_chunks_own"}
+    assert [cause.name for cause in smallest.causes] == ["loss_is_scaled"]
+    assert tells("loss_is_the_chunks_own", tb.Case(steps=1, chunk=1), of="Accelerate")
 
 
 # snnTorch -----------------------------------------------------------------------------------
@@ -239,8 +255,9 @@ def test_snntorch_stops_before_the_first_chunk_of_input_that_varies_in_time(snnt
 
     assert broken(report) == {"training_reaches_the_end"}
     assert report["training_reaches_the_end"].case == tb.Case(steps=1, chunk=1)
-    assert "raised UnboundLocalError" in said(report, "training_reaches_the_end")
-    assert "K_flag" in said(report, "training_reaches_the_end")
+    found = "raised UnboundLocalError: cannot access local variable 'K_flag'"
+    assert found in said(report, "training_reaches_the_end")
+    assert tells(found, tb.Case(steps=1, chunk=1), of="snnTorch")
 
 
 @pytest.mark.parametrize(
@@ -257,6 +274,9 @@ def test_the_average_loss_of_snntorch_keeps_every_graph_alive_and_nothing_else_i
     report = judged(snntorch.clocked, case)
 
     assert broken(report) == {"no_graph_outlives_its_chunk"}
+    found = "its graph lives on after the next chunk"
+    assert found in said(report, "no_graph_outlives_its_chunk")
+    assert tells(found, tb.Case(steps=2, chunk=1), of="snnTorch")
     assert [cause.name for cause in report["no_graph_outlives_its_chunk"].causes] == [
         "graphs_are_kept"
     ]
@@ -269,9 +289,15 @@ def test_snntorch_has_no_targets_for_the_second_batch_where_chunks_fill_the_firs
     snntorch: Any,
 ) -> None:
     """It counts its chunks on, and starts again only after a shorter one."""
-    report = judged(snntorch.clocked, tb.Case(steps=2, chunk=1, batches=2))
+    case = tb.Case(steps=1, chunk=1, batches=2)
 
-    assert said(report, "loss_is_the_chunks_own").startswith("batch 1, time steps 0-0, loss: nan")
+    report = judged(snntorch.clocked, case)
+
+    found = "batch 1, time steps 0-0, loss: nan"
+    assert said(report, "loss_is_the_chunks_own").startswith(found)
+    assert tells(found, case, of="snnTorch")
+    two = judged(snntorch.clocked, replace(case, steps=2))
+    assert said(two, "loss_is_the_chunks_own").startswith(found)
 
 
 def test_a_single_time_step_of_snntorch_breaks_nothing(snntorch: Any) -> None:
@@ -290,10 +316,22 @@ def test_snntorch_detaches_but_one_kind_of_neurons(snntorch: Any) -> None:
     report = judged(both_kinds(snntorch), tb.Case(steps=2, chunk=1))
 
     assert {"graph_crosses_no_boundary", "training_reaches_the_end"} <= broken(report)
+    found = "incoming state['1.mem']: attached to the graph of time steps 0-0"
     assert said(report, "graph_crosses_no_boundary") == (
-        "time steps 1-1, incoming state['1.mem']: attached to the graph of time steps 0-0, "
-        "but should be detached"
+        f"time steps 1-1, {found}, but should be detached"
     )
+    assert tells(found, tb.Case(steps=2, chunk=1), of="snnTorch")
+
+
+def test_the_reset_of_snntorch_is_detached_where_spikes_have_a_true_slope(snntorch: Any) -> None:
+    case = tb.Case(steps=2, chunk=2)
+
+    report = judged(both_kinds(snntorch), case)
+
+    assert broken(report) == {"gradients_span_the_whole_chunk"}
+    assert tells("gradients are not the slope of the loss", case, of="snnTorch")
+    hard = judged(snntorch.clocked, case)
+    assert hard["gradients_span_the_whole_chunk"].status == "holds"
 
 
 def test_snntorch_does_not_detach_a_network_that_was_copied(snntorch: Any) -> None:
@@ -303,3 +341,40 @@ def test_snntorch_does_not_detach_a_network_that_was_copied(snntorch: Any) -> No
     report = tb.check(snntorch.clocked(case), case)
 
     assert {"graph_crosses_no_boundary", "training_reaches_the_end"} <= broken(report)
+
+
+# What is told of them -----------------------------------------------------------------------
+
+
+def test_the_versions_that_are_told_are_those_that_are_installed_here() -> None:
+    pinned = dict(
+        line.split("==", 1)
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line and not line.startswith("#")
+    )
+    of = {
+        "PyTorch-Ignite": "pytorch-ignite",
+        "Accelerate": "accelerate",
+        "Lightning Fabric": "lightning",
+        "snnTorch": "snntorch",
+    }
+    for name, package in of.items():
+        assert f"\n## {name} {pinned[package]}\n" in TOLD
+    assert f"PyTorch {pinned['torch']}" in TOLD
+    lightning = (ROOT / "examples" / "peers_lightning19.py").read_text()
+    install = "pip install pytorch-lightning==1.9.5 'setuptools<81'"
+    assert install in lightning
+    assert install in TOLD
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("examples/peers_*.py")))
+def test_every_example_of_a_library_is_told_of(name: str) -> None:
+    assert name == "peers_model" or f"(../examples/{name}.py)" in TOLD
+
+
+def test_every_place_that_is_pointed_to_is_there() -> None:
+    headings = re.findall(r"^## (.*)$", TOLD, flags=re.MULTILINE)
+    anchors = {re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-") for h in headings}
+    assert set(re.findall(r"\(#([^)]*)\)", TOLD)) == anchors
+    for path in re.findall(r"\((\.\./[^)]*)\)", TOLD):
+        assert (ROOT / "docs" / path).is_file()
