@@ -371,6 +371,11 @@ class Watch:
 
     def _opened(self, arguments: Arguments) -> _LiveCall:
         """Write down what a call of forward starts from."""
+        if not all(isinstance(p, nn.Parameter) for p in self.module.parameters()):
+            raise self._fail(
+                f"{type(self.module).__name__} is called with parameters that are not its own, as "
+                "torch.func.functional_call does: what updates them can't be seen"
+            )
         places = self._places(arguments.x)
         self._note_update_by_hand()
         if self.before_call:
@@ -485,7 +490,7 @@ class Watch:
         self._refuse_odd_losses(roots)
         if self.lightning_updates is not None:
             chunk.through_lightning = through and chunk.through_lightning is not False
-        with self._gathering() as gathered:
+        with self._gathering() as gathered, self._catching_gradients() as caught:
             result = run()
         with self._own_code():
             if chunk.evaluations == 1:
@@ -493,14 +498,30 @@ class Watch:
                     before = call.cotangent
                     call.cotangent = cotangent if before is None else before + cotangent
                 chunk.loss += sum(float(root.detach()) for root in roots)
-                self._take_gradients(chunk)
+                self._take_gradients(chunk, {n: g for n, g in caught.items() if self._moved(n)})
                 chunk.complete = True
             chunk.events.append("backward")
+            self._note_update_by_hand()  # a hook may have made it in the midst of backward
         return result
 
-    def _take_gradients(self, chunk: _LiveChunk) -> None:
+    @contextlib.contextmanager
+    def _catching_gradients(self) -> Iterator[dict[str, Tensor]]:
+        """Catch gradients on their way into parameters, where a hook may use them up by hand."""
+        caught: dict[str, Tensor] = {}
+        with contextlib.ExitStack() as undo:
+            for name, parameter in self.module.named_parameters():
+                if self.by_hand and parameter.requires_grad:
+                    catch = functools.partial(caught.__setitem__, name)
+                    undo.callback(parameter.register_hook(catch).remove)  # type: ignore[no-untyped-call]
+            yield caught
+
+    def _moved(self, name: str) -> bool:
+        """Tell whether a parameter is not as it was when it was last looked at."""
+        return name in self.known and not same(self.module.get_parameter(name), self.known[name])
+
+    def _take_gradients(self, chunk: _LiveChunk, used: Tensors) -> None:
         """Copy the gradients that backward left; those that stood before are not the chunk's."""
-        chunk.gradients = self._gradients(handed=None)
+        chunk.gradients = {**self._gradients(handed=None), **used}
         if chunk.standing:
             chunk.left = chunk.gradients
             chunk.gradients = {
@@ -841,11 +862,7 @@ class Watch:
         """Take what has moved since a chunk's backward for the update that nobody announced."""
         if not self.by_hand:
             return
-        moved = {
-            name
-            for name, parameter in self.module.named_parameters()
-            if name in self.known and not same(parameter, self.known[name])
-        }
+        moved = {name for name, _ in self.module.named_parameters() if self._moved(name)}
         if moved or (self.tentative is not None and self.tentative.spent):
             self._take_tentative()
         chunk = self.current

@@ -14,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn, optim
+from torch.func import functional_call, grad_and_value
 from torch.nn.functional import mse_loss
 
 import tbptt_props as tb
@@ -21,6 +22,7 @@ from tbptt_props.byhand import BY_HAND, Rate
 from tbptt_props.trace import Rule
 
 LR = 0.1
+RESUMED, ALONE = "a_run_can_be_resumed_at_any_boundary", "a_batch_knows_nothing_of_the_one_before"
 Update = Callable[[Sequence[Tensor]], None]
 Updating = Callable[[list[nn.Parameter]], Update]
 Train = Callable[..., None]
@@ -261,6 +263,94 @@ def test_a_right_loop_breaks_nothing_by_whatever_rule_it_updates(update: str, lo
     assert report["a_batch_knows_nothing_of_the_one_before"].status == due
 
 
+def in_hooks(*, clears: bool = True) -> Train:
+    """Return a loop that updates each parameter as soon as backward is done with it."""
+
+    def use_up(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        parameter.data.sub_(LR * parameter.grad)
+        if clears:
+            parameter.grad = None
+
+    def train(module: nn.Module, batches: Any, length: int) -> None:
+        hooks = [p.register_post_accumulate_grad_hook(use_up) for p in module.parameters()]
+        for batch in batches:
+            state: Tensor | None = None
+            for x, y in chunks(batch, length):
+                prediction, state = module(x, state)
+                mse_loss(prediction, y).backward()
+                state = state.detach()
+        for hook in hooks:
+            hook.remove()
+
+    return train
+
+
+def test_updates_in_the_midst_of_backward_break_nothing() -> None:
+    assert judged(in_hooks()) == {}
+    report = checked(in_hooks())
+    assert report["each_chunk_updates_once"].status == "holds"
+    assert report[RESUMED].status == "holds"
+
+
+def test_gradients_that_are_never_cleared_are_named_in_the_midst_of_backward_too() -> None:
+    found = judged(in_hooks(clears=False))
+
+    assert found["events_come_in_a_legal_order"].startswith(
+        "time steps 2-3, gradients before backward: not clear"
+    )
+
+
+def by_functional_call(module: nn.Module, batches: Any, length: int) -> None:
+    parameters = {n: p.detach().requires_grad_() for n, p in module.named_parameters()}
+    for batch in batches:
+        state: Tensor | None = None
+        for x, y in chunks(batch, length):
+            prediction, state = functional_call(module, parameters, (x, state))
+            found = torch.autograd.grad(mse_loss(prediction, y), list(parameters.values()))
+            new = zip(parameters.items(), found, strict=True)
+            parameters = {name: (p - LR * g).detach().requires_grad_() for (name, p), g in new}
+            state = state.detach()
+
+
+def by_functional_gradients(module: nn.Module, batches: Any, length: int) -> None:
+    def loss(parameters: Any, x: Tensor, y: Tensor, state: Any) -> Any:
+        prediction, state = functional_call(module, parameters, (x, state))
+        return mse_loss(prediction, y), state
+
+    parameters = {name: p.detach() for name, p in module.named_parameters()}
+    for batch in batches:
+        state: Tensor | None = None
+        for x, y in chunks(batch, length):
+            found, (_, state) = grad_and_value(loss, has_aux=True)(parameters, x, y, state)
+            parameters = {name: p - LR * found[name] for name, p in parameters.items()}
+
+
+@pytest.mark.parametrize("train", [by_functional_call, by_functional_gradients])
+def test_parameters_that_are_kept_outside_the_module_are_refused(train: Train) -> None:
+    with pytest.raises(tb.ObservationError, match="Net is called with parameters that are not its"):
+        checked(train)
+
+
+def test_what_an_update_makes_of_gradients_is_not_judged() -> None:
+    def twice(parameters: list[nn.Parameter]) -> Update:
+        update = in_place(parameters)
+        return lambda gradients: (update(gradients), update(gradients))[-1]
+
+    def one_late(parameters: list[nn.Parameter]) -> Update:
+        update = in_place(parameters)
+        before: list[Sequence[Tensor]] = []
+
+        def late(gradients: Sequence[Tensor]) -> None:
+            before.append(gradients)
+            update(before[-2:][0])
+
+        return late
+
+    assert judged(asking(twice)) == {}
+    assert judged(asking(one_late)) == {}
+
+
 @pytest.mark.parametrize("loop", LOOPS)
 def test_clipping_that_is_promised_is_not_judged_where_it_can_not_be_seen(loop: str) -> None:
     assert judged(LOOPS[loop](clipped), contract=tb.Contract(clip_norm=0.5)) == {}
@@ -483,7 +573,6 @@ def test_a_lightning_module_without_an_optimizer_is_told_of_its_graph(configured
 
 # What is wrong ------------------------------------------------------------------------------
 
-RESUMED, ALONE = "a_run_can_be_resumed_at_any_boundary", "a_batch_knows_nothing_of_the_one_before"
 OF_THE_GRAPH = {
     "graph_crosses_no_boundary",
     "gradients_are_the_chunks_own",
