@@ -301,6 +301,27 @@ def test_gradients_that_are_never_cleared_are_named_in_the_midst_of_backward_too
     )
 
 
+def test_an_update_after_one_in_the_midst_of_backward_is_named() -> None:
+    def train(module: nn.Module, batches: Any, length: int) -> None:
+        def call(x: Tensor, state: Tensor | None) -> Any:
+            for parameter in module.parameters():
+                parameter.data.mul_(0.99)
+            return module(x, state)
+
+        wrapped: Any = call
+        wrapped.parameters = module.parameters
+        in_hooks()(wrapped, batches, length)
+
+    found = judged(train)
+
+    assert found["nothing_but_the_update_moves_parameters"].startswith("time steps 0-1")
+    case = CASES[0]
+    violations = tb.check(subject(case, train), case)[
+        "nothing_but_the_update_moves_parameters"
+    ].violations
+    assert any("moved between the update and forward" in str(found) for found in violations)
+
+
 def by_functional_call(module: nn.Module, batches: Any, length: int) -> None:
     parameters = {n: p.detach().requires_grad_() for n, p in module.named_parameters()}
     for batch in batches:
