@@ -52,7 +52,25 @@ class Net(pl.LightningModule):  # type: ignore[misc]  # its types are not looked
         return optim.Adam(self.parameters(), lr=1e-2)
 
 
-def train(module: nn.Module, batches: Sequence[Any]) -> None:
+class Manual(Net):
+    """Makes its updates itself; the trainer cuts and hands on all the same."""
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int, hiddens: Any) -> dict[str, Any]:
+        """Train on a chunk, which the trainer has cut."""
+        x, y = batch
+        prediction, hiddens = self(x, hiddens)
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(mse_loss(prediction, y))
+        optimizer.step()
+        return {"hiddens": hiddens}
+
+
+def train(module: nn.Module, batches: Sequence[Any], **options: Any) -> None:
     """Train for one epoch as Lightning does."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     whole: Any = batches  # a sequence of batches is a data set whose items are not put together
@@ -64,13 +82,20 @@ def train(module: nn.Module, batches: Sequence[Any]) -> None:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **options,
     ).fit(module, DataLoader(whole, batch_size=None))
 
 
 def build(case: tb.Case) -> tb.Subject:
-    """Make the subject that is judged."""
+    """Make the subject whose updates Lightning makes."""
     return tb.Subject(Net(case), loss=mse_loss, train=train)
+
+
+def build_manual(case: tb.Case) -> tb.Subject:
+    """Make the subject that makes its updates itself."""
+    return tb.Subject(Manual(case), loss=mse_loss, train=train)
 
 
 if __name__ == "__main__":
     tell(build)
+    tell(build_manual)

@@ -70,6 +70,7 @@ RIGHT = [
     ("peers_accelerate", "build_with_loader"),
     ("peers_fabric", "build"),
     ("peers_lightning19", "build"),
+    ("peers_lightning19", "build_manual"),
     ("peers_by_hand", "with_optimizer"),
     ("peers_by_hand", "without"),
     ("peers_ppo", "build"),
@@ -236,6 +237,19 @@ def test_a_loss_that_accelerate_scales_without_being_told_is_named() -> None:
     assert broken(report) == {"loss_is_the_chunks_own"}
     assert [cause.name for cause in smallest.causes] == ["loss_is_scaled"]
     assert tells("loss_is_the_chunks_own", tb.Case(steps=1, chunk=1), of="Accelerate")
+
+
+def test_clipping_by_lightning_19_is_as_promised() -> None:
+    lightning = example("peers_lightning19")
+
+    def build(case: tb.Case) -> tb.Subject:
+        def train(module: nn.Module, batches: Any) -> None:
+            lightning.train(module, batches, gradient_clip_val=0.1)
+
+        contract = tb.Contract(clip_norm=0.1)
+        return tb.Subject(lightning.Net(case), loss=mse_loss, train=train, contract=contract)
+
+    assert broken(judged(build, CASE)) == set()
 
 
 # snnTorch -----------------------------------------------------------------------------------
