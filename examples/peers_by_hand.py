@@ -1,7 +1,7 @@
 """Loops in plain PyTorch that ask autograd for gradients: `python -m examples.peers_by_hand`.
 
-`with_optimizer` hands them to an optimizer. `without` subtracts them from the parameters itself;
-such an update is not seen yet, and its loop is called broken.
+`with_optimizer` hands them to an optimizer. `without` subtracts them from the parameters itself:
+such an update is told by what it moves, and what it makes of the gradients is not judged.
 """
 
 from collections.abc import Callable, Sequence

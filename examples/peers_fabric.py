@@ -18,7 +18,8 @@ def train(module: nn.Module, batches: Sequence[Any], *, chunk: int) -> None:
     fabric = Fabric(accelerator="cpu", devices=1)
     model, optimizer = fabric.setup(module, optim.Adam(module.parameters(), lr=1e-2))
     whole: Any = batches  # a sequence of batches is a data set whose items are not put together
-    for batch in fabric.setup_dataloaders(DataLoader(whole, batch_size=None)):
+    loader: Any = fabric.setup_dataloaders(DataLoader(whole, batch_size=None))
+    for batch in loader:
         state: Tensor | None = None
         for x, y in chunks(batch, chunk):
             prediction, state = model(x, state)

@@ -49,19 +49,27 @@ def judge(
 ) -> Report:
     """Train a fresh subject on `case` and judge every property.
 
-    Training runs in float64; a subject that cannot is judged in the dtype torch starts with.
+    Training runs in float64; a subject that cannot is judged in the dtype torch starts with, also
+    where it halts there for another reason.
     """
     return rewired(fresh, lambda wired: _in_its_dtype(wired, case, properties, name))
 
 
 def _in_its_dtype(fresh: Fresh, case: Case, properties: Sequence[Property], name: str) -> Report:
     report = _judge(fresh, case, properties, name, torch.float64)
-    halt = report.trace.halt if report.trace else None
-    if halt and any(word in halt.error for word in ("dtype", "scalar type", "Double", "Float")):
+    if _halted_by_its_dtype(report):
         again = _judge(fresh, case, properties, name, torch.float32)
-        if again.trace and not again.trace.halt:
+        if not _halted_by_its_dtype(again):
             return again
     return report
+
+
+def _halted_by_its_dtype(report: Report) -> bool:
+    """Tell whether training raised what torch raises where numbers of two dtypes meet."""
+    error = report.trace.halt.error if report.trace and report.trace.halt else ""
+    words = ("dtype", "scalar type", "Double", "Float")
+    # An error about an operation in place names its tensor, and with it a dtype.
+    return any(word in error for word in words) and "inplace operation" not in error
 
 
 def _judge(

@@ -210,13 +210,23 @@ def resumed(
         return Rerun("", missing=_NO_BOUNDARY[watch.subject.contract.adds_up])
     batch, start = marks.where
     where = f"{f'batch {batch}, ' if batch else ''}from time step {start} on"
-    if not watch.training.optimizers:
-        return Rerun(where, missing="the optimizers are not known before training")
+    unknown = _unknown_memory(watch)
+    if unknown:
+        return Rerun(where, missing=unknown)
     if marks.boundary is None:
         if any(chunk.span is None for chunk in watch.closed):
             return Rerun(where, missing="inputs of forward are not the batch's own")
         return Rerun(where, problem="no chunk starts there to go on from")
     return _rerun(fresh, batches, marks.boundary, first, where)
+
+
+def _unknown_memory(watch: Watch) -> str:
+    """Say why not all is known that updates go by; '' where it is."""
+    if not watch.by_hand:
+        return "" if watch.training.optimizers else "the optimizers are not known before training"
+    if watch.subject.contract.adds_up or not watch.rate.steady:
+        return "updates by hand that are one multiple of the gradient: others may remember more"
+    return ""
 
 
 _NO_BOUNDARY = {
@@ -240,8 +250,9 @@ def alone(
         return Rerun(where, missing="lengths of chunks that are known before")
     if watch.subject.contract.carry != "within":
         return Rerun(where, missing="a contract by which each batch starts afresh")
-    if not watch.training.optimizers:
-        return Rerun(where, missing="the optimizers are not known before training")
+    unknown = _unknown_memory(watch)
+    if unknown:
+        return Rerun(where, missing=unknown)
     if marks.reset is None:
         return Rerun(where, missing="training did not get to the last batch")
     return _rerun(fresh, batches, marks.reset, first, where)
@@ -422,6 +433,8 @@ def one_chunk(
     if chunk is None or chunk.given is None or chunk.outcome is None or chunk.span is None:
         return Rerun(where, missing="no chunk of the batch's own was observed")
     rules = watch.initial_rules or list(chunk.outcome.rules)
+    if watch.by_hand:
+        return Rerun(where, missing="an optimizer of torch's: updates are made by hand")
     if not rules:
         return Rerun(where, missing="the optimizers are not known")
     contract = watch.subject.contract
@@ -450,17 +463,21 @@ def _of_whole(batch: Batch, chunk: Chunk) -> Chunk:
     given, outcome = chunk.given, chunk.outcome
     assert given is not None
     assert outcome is not None
-    if len(given.calls) == 1:
+    called = given.calls[0].x
+    if len(given.calls) == 1 and isinstance(called, Tensor):
         swapped = time_dimension(chunk) == 0
         x, target = batch.inputs, batch.targets
-        if swapped:
-            target = map_tensors(
-                lambda y: y.transpose(0, 1) if y.shape[:2] == x.shape[:2] else y, target
-            )
-        if isinstance(given.calls[0].x, Tensor):
-            call = replace(given.calls[0], x=x.transpose(0, 1) if swapped else x)
-            given = replace(given, calls=(call,), target=target)
+        if called.dim() < x.dim() and x.shape[1] == 1:  # forward takes one time step, without time
+            x, target = _laid_out(lambda t: t[:, 0], x, target)
+        elif swapped:
+            x, target = _laid_out(lambda t: t.transpose(0, 1), x, target)
+        given = replace(given, calls=(replace(given.calls[0], x=x),), target=target)
     return replace(chunk, given=given, outcome=replace(outcome, cotangents=(), rules=()))
+
+
+def _laid_out(change: Callable[[Tensor], Tensor], x: Tensor, target: Any) -> tuple[Tensor, Any]:
+    """Change inputs (B, T, ...) and what of the targets has time steps as well."""
+    return change(x), map_tensors(lambda t: change(t) if t.shape[:2] == x.shape[:2] else t, target)
 
 
 def _ordinary(

@@ -14,6 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from tbptt_props.byhand import BY_HAND
 from tbptt_props.compare import (
     clipped,
     close,
@@ -116,7 +117,7 @@ def training_moves_the_parameters(trace: Trace) -> Iterator[Finding]:
     """In a whole run, some update moves some parameter."""
     updates = trace.updates
     if updates < 2:  # a first update may legitimately have a learning rate of zero
-        yield NotJudged("a run of at least two updates")
+        yield NotJudged("a run of at least two updates by an optimizer")
     elif not any(chunk.moved for chunk in trace.chunks):
         yield Violation(counted(updates, "update"), "moved no parameter", "moving them")
 
@@ -126,7 +127,7 @@ def updates_go_through_lightnings_optimizer(trace: Trace) -> Iterator[Finding]:
     if trace.counted is None:
         yield NotJudged("a LightningModule")
     elif not trace.updates:
-        yield NotJudged("an update")
+        yield NotJudged("an update by an optimizer")
     elif trace.counted != trace.updates:
         where = f"global_step after {counted(trace.updates, 'update')}"
         yield Violation(where, str(trace.counted), str(trace.updates))
@@ -330,8 +331,11 @@ def each_chunk_updates_once(link: Link) -> Iterator[Finding]:
         return
     if counts:
         for i, parameters in enumerate(outcome.optimizers):
-            if not parameters & _updated(outcome):
+            if parameters and not parameters & _updated(outcome):
                 yield Violation(f"{link.chunk}, updates of optimizer {i}", "0", "1")
+    elif outcome.idle:
+        yield NotJudged(outcome.idle)
+        return
     for count in sorted({0} if not counts else {*counts.values()} - {1}):
         yield Violation(f"{link.chunk}, updates", str(count), "1")
 
@@ -635,7 +639,7 @@ def _cleared(outcome: Outcome) -> bool:
 def _lost_before_backward(link: Link) -> Iterator[Finding]:
     """Where chunks share an update, the gradients of those before stay until it comes."""
     before = link.before.outcome if link.before else None
-    if link.opens or before is None:
+    if link.opens or before is None or before.returned:
         return
     standing = _outcome(link).standing
     found = {n: standing.get(n, torch.zeros_like(g)) for n, g in before.gradients.items()}
@@ -660,6 +664,8 @@ def _changed_on_the_way(link: Link) -> Iterator[Finding]:
             return
     promised = contract.clips
     for rule in outcome.rules:
+        if rule.optimizer is BY_HAND:  # what it met is not known
+            continue
         names = {name for group in rule.groups for name in group["params"]}
         left = {name: g for name, g in outcome.met.items() if name in names}
         if not promised and is_clipped(left, rule.handed):

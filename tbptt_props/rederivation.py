@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tbptt_props.byhand import BY_HAND
 from tbptt_props.compare import close, near, near_slope, same, worst
 from tbptt_props.forward import Arguments, Forward
 from tbptt_props.graph import nodes_behind
@@ -459,6 +460,8 @@ def _updated(outcome: Outcome, module: nn.Module) -> tuple[tuple[Tensors, ...], 
 
     A single one, which is the rule, is made of the module's own parameters, to save a copy.
     """
+    if any(rule.optimizer is BY_HAND for rule in outcome.rules):
+        return (), "an optimizer of torch's: updates are made by hand"
     after: list[Tensors] = []
     parameters = dict(module.named_parameters())
     for rule in outcome.rules:

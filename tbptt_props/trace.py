@@ -95,7 +95,7 @@ class Call:
 class Rule:
     """An optimizer as an update met it: its kind, its settings, and what it remembered."""
 
-    optimizer: Any  # the live optimizer: only its class and its defaults are used
+    optimizer: Any  # the live one, of which only class and defaults are used; or BY_HAND
     groups: tuple[Mapping[str, Any], ...]  # settings of each group, its parameters by name
     memory: Mapping[str, Mapping[str, Any]]  # by parameter, as the update before left it
     handed: Tensors  # the gradients it met
@@ -148,6 +148,8 @@ class Outcome:
     complete: bool = True  # backward came to its end
     standing: Tensors = field(default_factory=dict)  # gradients of chunks that share the update
     left: Tensors = field(default_factory=dict)  # those and this chunk's, as backward left them
+    returned: bool = False  # gradients were handed back to the loop, which left them nowhere
+    idle: str = ""  # why an update by hand may have been made, and could not be seen
 
     @property
     def met(self) -> Tensors:

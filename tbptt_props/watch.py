@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import inspect
 import threading
 import weakref
 from bisect import bisect_left
@@ -29,6 +30,7 @@ from torch.optim.optimizer import (
 
 from tbptt_props.aims import targets_of
 from tbptt_props.batch import Batch
+from tbptt_props.byhand import BY_HAND, Rate
 from tbptt_props.compare import difference, same, scaling
 from tbptt_props.forward import Arguments, Forward
 from tbptt_props.graph import any_within, nodes_behind, numbers_behind, sequence_number
@@ -111,6 +113,18 @@ class _LiveCall:
     step: object | None = None  # the optimizer step inside which it ran, if any
 
 
+@dataclass
+class _Asked:
+    """Gradients that were asked for; if an update follows, that was the backward."""
+
+    calls: list[_LiveCall]
+    cotangents: list[Tensor | None]
+    numbers: list[int]
+    loss: float
+    returned: Tensors  # those by parameters
+    spent: bool  # no other backward can come: the graph is gone
+
+
 @dataclass(eq=False)
 class _LiveChunk:
     """A chunk from its backward on, until the next one's."""
@@ -136,6 +150,8 @@ class _LiveChunk:
     index: int = 0
     standing: Tensors = field(default_factory=dict)
     left: Tensors = field(default_factory=dict)
+    returned: bool = False
+    idle: str = ""
 
 
 class Watch:
@@ -163,7 +179,7 @@ class Watch:
         self.known_when = "training began"
         self.moves: list[tuple[str, Difference]] = []
         self.memory: dict[int, tuple[type, Mapping[str, Any]]] = {}  # by parameter's id
-        self.early: list[tuple[Optimizer, Rule]] = []
+        self.early: list[tuple[object, Rule]] = []
         self.steps: list[tuple[object, Optimizer, list[Rule]]] = []  # optimizer steps under way
         self.graphs: list[tuple[str, list[weakref.ref[_Canary]]]] = []
         self.outlived: list[str] = []
@@ -178,7 +194,10 @@ class Watch:
         self.announced: list[int] = []
         self.lightning_updates: Callable[[], int] | None = None
         self.updates = 0
-        self.tentative: tuple[list[_LiveCall], list[Tensor | None], list[int], float] | None = None
+        self.tentative: _Asked | None = None
+        self.optimized = False  # an optimizer of the module's was met
+        self.moved_by_hand: set[str] = set()
+        self.rate = Rate()  # of updates by hand
         self.calls_ever = 0
         self.layer = _only_layer(self.module) if subject.forward == "forward" else None
         self.layer_calls = 0
@@ -219,7 +238,7 @@ class Watch:
 
     def batch_ended(self, index: int) -> None:
         """Note that the loop is done with batch `index`."""
-        self._note_moves(f"the end of batch {index}")
+        self._look_at_parameters(f"the end of batch {index}")
         self._drop_open_calls()
         self._close_current()
         self._note_graphs(allowed=1)
@@ -231,6 +250,8 @@ class Watch:
 
     def finished(self) -> None:
         """Note that training is over, in whatever way."""
+        with self._own_code():
+            self._note_update_by_hand()
         self._drop_open_calls()
         self._close_current()
 
@@ -270,6 +291,7 @@ class Watch:
                 undo.callback(layer.register_forward_pre_hook(self._count_layer).remove)
             undo.enter_context(self._wrapped_autograd("backward", self._backward))
             undo.enter_context(self._wrapped_autograd("grad", self._grad))
+            undo.enter_context(self._wrapped_making_of_optimizers())
             undo.callback(register_optimizer_step_pre_hook(self._before_step).remove)
             undo.callback(register_optimizer_step_post_hook(self._after_step).remove)
             yield
@@ -287,7 +309,7 @@ class Watch:
 
     @contextlib.contextmanager
     def _wrapped_autograd(
-        self, name: str, watched: Callable[[Callable[[], Any], list[Tensor]], Any]
+        self, name: str, watched: Callable[[functools.partial[Any], list[Tensor]], Any]
     ) -> Iterator[None]:
         original = getattr(torch.autograd, name)
 
@@ -304,6 +326,22 @@ class Watch:
             yield
         finally:
             setattr(torch.autograd, name, original)
+
+    @contextlib.contextmanager
+    def _wrapped_making_of_optimizers(self) -> Iterator[None]:
+        kind: Any = Optimizer
+        original = kind.__init__
+
+        @functools.wraps(original)
+        def made(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+            original(optimizer, *args, **kwargs)
+            self.optimized = self.optimized or bool(self._owned(optimizer))
+
+        kind.__init__ = made
+        try:
+            yield
+        finally:
+            kind.__init__ = original
 
     # Forward --------------------------------------------------------------------------------
 
@@ -333,7 +371,13 @@ class Watch:
 
     def _opened(self, arguments: Arguments) -> _LiveCall:
         """Write down what a call of forward starts from."""
+        if not all(isinstance(p, nn.Parameter) for p in self.module.parameters()):
+            raise self._fail(
+                f"{type(self.module).__name__} is called with parameters that are not its own, as "
+                "torch.func.functional_call does: what updates them can't be seen"
+            )
         places = self._places(arguments.x)
+        self._note_update_by_hand()
         if self.before_call:
             self.before_call(self, places, arguments)
         if not (self.steps and self.steps[-1][2]):  # an update has begun to move parameters
@@ -435,6 +479,7 @@ class Watch:
     def _backward(self, run: Callable[[], Any], roots: list[Tensor]) -> Any:
         self.watchdog.fed()
         with self._own_code():
+            self._look_before_backward()
             numbers = numbers_behind(roots)
             through = bool(self.announced) and self.announced[-1] in map(id, roots)
             self.announced.clear()
@@ -445,7 +490,7 @@ class Watch:
         self._refuse_odd_losses(roots)
         if self.lightning_updates is not None:
             chunk.through_lightning = through and chunk.through_lightning is not False
-        with self._gathering() as gathered:
+        with self._gathering() as gathered, self._catching_gradients() as caught:
             result = run()
         with self._own_code():
             if chunk.evaluations == 1:
@@ -453,14 +498,30 @@ class Watch:
                     before = call.cotangent
                     call.cotangent = cotangent if before is None else before + cotangent
                 chunk.loss += sum(float(root.detach()) for root in roots)
-                self._take_gradients(chunk)
+                self._take_gradients(chunk, {n: g for n, g in caught.items() if self._moved(n)})
                 chunk.complete = True
             chunk.events.append("backward")
+            self._note_update_by_hand()  # a hook may have made it in the midst of backward
         return result
 
-    def _take_gradients(self, chunk: _LiveChunk) -> None:
+    @contextlib.contextmanager
+    def _catching_gradients(self) -> Iterator[dict[str, Tensor]]:
+        """Catch gradients on their way into parameters, where a hook may use them up by hand."""
+        caught: dict[str, Tensor] = {}
+        with contextlib.ExitStack() as undo:
+            for name, parameter in self.module.named_parameters():
+                if self.by_hand and parameter.requires_grad:
+                    catch = functools.partial(caught.__setitem__, name)
+                    undo.callback(parameter.register_hook(catch).remove)  # type: ignore[no-untyped-call]
+            yield caught
+
+    def _moved(self, name: str) -> bool:
+        """Tell whether a parameter is not as it was when it was last looked at."""
+        return name in self.known and not same(self.module.get_parameter(name), self.known[name])
+
+    def _take_gradients(self, chunk: _LiveChunk, used: Tensors) -> None:
         """Copy the gradients that backward left; those that stood before are not the chunk's."""
-        chunk.gradients = self._gradients(handed=None)
+        chunk.gradients = {**self._gradients(handed=None), **used}
         if chunk.standing:
             chunk.left = chunk.gradients
             chunk.gradients = {
@@ -468,20 +529,47 @@ class Watch:
                 for name, g in chunk.left.items()
             }
 
-    def _grad(self, run: Callable[[], Any], roots: list[Tensor]) -> Any:
+    def _grad(self, run: functools.partial[Any], roots: list[Tensor]) -> Any:
         """Watch a call that returns gradients: if an update follows, it was the backward."""
         self.watchdog.fed()
         with self._own_code():
+            self._look_before_backward()
             numbers = numbers_behind(roots)
             calls = [c for c in self.open if any_within(numbers, c.opened, c.closed)]
         with self._gathering() as gathered:
-            result = run()
+            try:
+                result = run()
+            except Exception:
+                with self._own_code():
+                    self._chunk_of(numbers)  # which paths its loss has is worth knowing
+                raise
         with self._own_code():
-            loss = sum(float(root.detach().sum()) for root in roots)
             if calls:
-                cotangents = [gathered.get(call) for call in calls]
-                self.tentative = (calls, cotangents, numbers, loss)
+                returned, spent = self._asked_for(run, result)
+                self.tentative = _Asked(
+                    calls=calls,
+                    cotangents=[gathered.get(call) for call in calls],
+                    numbers=numbers,
+                    loss=sum(float(root.detach().sum()) for root in roots),
+                    returned=returned,
+                    spent=spent,
+                )
         return result
+
+    def _asked_for(self, run: functools.partial[Any], result: Any) -> tuple[Tensors, bool]:
+        """Return the gradients that a call returned, by parameter, and whether no other can."""
+        asked = inspect.signature(run.func).bind(*run.args, **run.keywords).arguments
+        inputs = asked["inputs"]
+        inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+        names = {id(p): name for name, p in self.module.named_parameters()}
+        returned = {
+            names[id(wanted)]: gradient.detach().clone()
+            for wanted, gradient in zip(inputs, result, strict=False)
+            if id(wanted) in names and gradient is not None
+        }
+        retained = asked.get("retain_graph")
+        kept = asked.get("create_graph", False) if retained is None else retained
+        return returned, bool(returned) and not kept
 
     @contextlib.contextmanager
     def _gathering(self) -> Iterator[dict[_LiveCall, Tensor]]:
@@ -511,19 +599,21 @@ class Watch:
 
     def _take_tentative(self) -> None:
         """Begin a chunk from gradients that were asked for and not accumulated by backward."""
-        tentative, self.tentative = self.tentative, None
-        if tentative is None or not all(call in self.open for call in tentative[0]):
+        asked, self.tentative = self.tentative, None
+        if asked is None or not all(call in self.open for call in asked.calls):
             return
-        calls, cotangents, numbers, loss = tentative
-        chunk = self._chunk_of(numbers)
+        chunk = self._chunk_of(asked.numbers)
         if chunk is None:
             return
-        for call, cotangent in zip(calls, cotangents, strict=True):
+        for call, cotangent in zip(asked.calls, asked.cotangents, strict=True):
             call.cotangent = cotangent
         chunk.events.append("backward")
         chunk.dirty = ()  # they were put in the place of whatever was there
-        chunk.loss = loss
-        chunk.gradients = self._gradients(handed=None)
+        chunk.loss = asked.loss
+        if self.by_hand:
+            chunk.gradients, chunk.returned, chunk.standing = asked.returned, True, {}
+        else:
+            chunk.gradients = self._gradients(handed=None)
         chunk.complete = True
         if self.lightning_updates is not None:
             chunk.through_lightning = False
@@ -653,6 +743,7 @@ class Watch:
 
     def _met(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         self.watchdog.fed()
+        self.optimized = True
         rules: list[Rule] = []
         self.steps.append((object(), optimizer, rules))
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -734,7 +825,7 @@ class Watch:
         self.known = {**self.known, **now}
         self.known_when = "the update"
 
-    def _attribute(self, optimizer: Optimizer, rule: Rule) -> None:
+    def _attribute(self, optimizer: object, rule: Rule) -> None:
         """Give the update to the chunk it belongs to: the last one with a backward, as a rule."""
         chunk = self.current
         if chunk and id(optimizer) not in chunk.updated_by:
@@ -751,6 +842,57 @@ class Watch:
         chunk.moved.extend(self.moves)
         self.moves = []
 
+    # An update by hand ----------------------------------------------------------------------
+
+    @property
+    def by_hand(self) -> bool:
+        """Whether no optimizer of torch's is known to train the module."""
+        return not self.optimized and not any(map(self._owned, self.training.optimizers))
+
+    def _look_at_parameters(self, until: str) -> None:
+        self._note_update_by_hand()
+        self._note_moves(until)
+
+    def _look_before_backward(self) -> None:
+        """Tell what moved before a backward from the update that may follow it."""
+        if self.by_hand:
+            self._look_at_parameters("backward")
+
+    def _note_update_by_hand(self) -> None:
+        """Take what has moved since a chunk's backward for the update that nobody announced."""
+        if not self.by_hand:
+            return
+        moved = {name for name, _ in self.module.named_parameters() if self._moved(name)}
+        if moved or (self.tentative is not None and self.tentative.spent):
+            self._take_tentative()
+        chunk = self.current
+        if not moved or chunk is None or not chunk.complete or chunk.events[-1] != "backward":
+            return
+        self.moved_by_hand |= moved
+        before = self.known
+        self._take_parameters()
+        rule = Rule(
+            optimizer=BY_HAND,
+            groups=({"params": sorted(self.moved_by_hand)},),
+            memory={},
+            handed=chunk.left or chunk.gradients,
+            before=before,
+            after=self.known,
+        )
+        self.rate.met(rule)
+        self._attribute(BY_HAND, rule)
+
+    def _note_idleness(self, live: _LiveChunk) -> None:
+        """Note a chunk without an update by hand: one that moves nothing can't be seen."""
+        if not self.by_hand or live.rules or not live.complete:
+            return
+        if not any(bool(g.any()) for g in (live.left or live.gradients).values()):
+            live.idle = "a gradient that is not zero"
+            return
+        self.rate.idle()
+        if not self.moved_by_hand and not self.closed:
+            live.idle = "an update that moves parameters: the first one may be at a rate of zero"
+
     # The end of a chunk ---------------------------------------------------------------------
 
     def _drop_open_calls(self) -> None:
@@ -762,6 +904,7 @@ class Watch:
             return
         with self._own_code():
             last = live.calls[-1]
+            self._note_idleness(live)
             chunk = self._chunk(live)
             self.consumed = [*self.consumed[-8:], (live.calls[0].opened, last.closed, str(chunk))]
             self.horizon = max(self.horizon, last.closed)
@@ -831,6 +974,8 @@ class Watch:
                 complete=live.complete,
                 standing=live.standing,
                 left=live.left,
+                returned=live.returned,
+                idle=live.idle,
             ),
             starts_batch=live.starts_batch,
             evaluations=live.evaluations,

@@ -86,7 +86,7 @@ RIGHT_PROPERTY = {
     "detaches_features": "gradients_span_the_whole_chunk",
     "core_under_no_grad": "gradients_span_the_whole_chunk",
     "learned_start_detached": "gradients_span_the_whole_chunk",
-    "updates_by_hand": "nothing_but_the_update_moves_parameters",
+    "updates_by_hand": "graph_crosses_no_boundary",
     "total_loss_grows": "loss_is_the_chunks_own",
     "errors_swallowed": "graph_crosses_no_boundary",
     "state_never_fed_back": "state_crosses_every_boundary",

@@ -12,6 +12,8 @@ from tbptt_props import properties as props
 from tbptt_ref.faults_state import (
     DetachesEveryTimeStep,
     DetachesOnlyH,
+    NeverDetaches,
+    RetainsItsPast,
 )
 from tbptt_ref.faults_time import CutsIntoKChunks, DropsTheTail
 from tbptt_ref.faults_update import CallsBackwardItself, NeverClears
@@ -418,6 +420,32 @@ def test_mistakes_are_found_in_float32_too() -> None:
 
     assert report["training_reaches_the_end"].status == "holds"
     assert report["chunks_tile_the_sequence"].status == "broken"
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [(NeverDetaches, "graph a second time"), (RetainsItsPast, "modified by an inplace operation")],
+)
+def test_a_halt_in_float32_is_told_and_not_the_one_in_float64(
+    fault: type[TruncatedRNN], error: str
+) -> None:
+    class Single(FirstStateInSingle, fault):  # type: ignore[valid-type,misc]
+        pass
+
+    report = tb.check(made(Single)(SEVERAL), SEVERAL)
+
+    assert error in str(report["training_reaches_the_end"].violations[0])
+    assert report["graph_crosses_no_boundary"].status == "broken"
+
+
+def test_a_halt_over_dtypes_that_float32_does_not_heal_is_told_as_it_is_in_float64() -> None:
+    class Half(TruncatedRNN):
+        def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
+            return super().forward(x @ torch.eye(x.shape[-1], dtype=torch.float16), state)
+
+    report = tb.check(made(Half)(SEVERAL), SEVERAL)
+
+    assert "Double but found Half" in str(report["training_reaches_the_end"].violations[0])
 
 
 def test_a_module_is_trained_in_float64_by_default() -> None:

@@ -485,3 +485,49 @@ def test_no_law_is_taken_to_hold_where_nothing_was_compared() -> None:
     for law in LAWS:
         (finding,) = law(Trace(sizes=((1, 1),), plan=(((0, 1),),)))
         assert finding == NotJudged("training that reaches the end")
+
+
+# One time step a call -------------------------------------------------------------------------
+
+
+class OneStep(nn.Module):
+    """Takes inputs (B, I), or token ids (B,)."""
+
+    def __init__(self, case: tb.Case, *, tokens: bool = False) -> None:
+        super().__init__()
+        self.read = nn.Embedding(9, case.inputs) if tokens else nn.Identity()
+        self.cell = nn.GRUCell(case.inputs, case.hidden)
+        self.head = nn.Linear(case.hidden, case.outputs)
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        state = self.cell(self.read(x), state)
+        return self.head(state), state
+
+
+def step_by_step(module: nn.Module, batches: Any) -> None:
+    optimizer = SGD(module.parameters(), lr=0.1)
+    for x, y in batches:
+        losses, state = [], None
+        for x_t, y_t in zip(x.unbind(1), y.unbind(1), strict=True):
+            prediction, state = module(x_t, state)
+            losses.append(mse_loss(prediction, y_t))
+        optimizer.zero_grad()
+        torch.stack(losses).mean().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_a_call_on_the_only_time_step_is_one_ordinary_update(tokens: bool) -> None:
+    case = tb.Case(batch=2, steps=1, chunk=1, inputs=3, hidden=2, outputs=2)
+
+    def batches(case: tb.Case) -> list[Any]:
+        return [
+            ((x[..., 0] * 4).abs().long() % 9, y) if tokens else (x, y) for x, y in case.tensors()
+        ]
+
+    module = OneStep(case, tokens=tokens)
+    subject = tb.Subject(module, loss=mse_loss, train=step_by_step, batches=batches)
+
+    verdict = tb.check(subject, case)["one_chunk_is_one_ordinary_update"]
+
+    assert (verdict.status, verdict.violations) == ("holds", ())

@@ -619,7 +619,7 @@ def test_a_first_update_may_move_nothing() -> None:
     still = replace(FIRST.slim(), moved=False)
 
     assert missing(training_moves_the_parameters, replace(TRACE, updates=1, chunks=(still,))) == (
-        "a run of at least two updates"
+        "a run of at least two updates by an optimizer"
     )
 
 
@@ -645,7 +645,7 @@ def test_without_lightning_nobody_counts_updates() -> None:
 
 def test_without_an_update_there_is_nothing_for_lightning_to_count() -> None:
     assert missing(updates_go_through_lightnings_optimizer, replace(TRACE, updates=0)) == (
-        "an update"
+        "an update by an optimizer"
     )
 
 
