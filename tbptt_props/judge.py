@@ -209,6 +209,19 @@ def verify(
     return replace(report, verdicts=verdicts, examples=counted)
 
 
+def replay(build: Build, case: Case) -> Report:
+    """Judge what `build` makes for one case again.
+
+    Raises:
+        ObservationError: the subject cannot be described, or `build` assumes the case away.
+        TypeError: `build` does not return a subject.
+    """
+    try:
+        return Bench(build).judge(case)
+    except UnsatisfiedAssumption as error:
+        raise ObservationError(f"{_named(build)} assumes {case} away") from error
+
+
 class Bench:
     """Judges what a factory builds, once per case; remembers the verdicts, not the tensors."""
 

@@ -91,7 +91,7 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
         },
         "suite": {"case", "judge", "properties", "report", "strategies", "subject"},
         "catalogue": {"case", "contract", "judge", "report", "strategies", "subject", "trace"},
-        "__main__": {"case", "catalogue", "judge", "subject"},
+        "__main__": {"case", "catalogue", "judge", "report", "subject"},
         "__init__": {
             "case",
             "contract",
