@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
@@ -233,12 +234,16 @@ class Bench:
         self.name = name or _named(build)
         self.properties = properties
         self.reports: dict[Case, Report] = {}
+        self.chunks: dict[Case, int] = {}  # seen in one batch, at most
+        self.tried: dict[str, tuple[str, ...]] = {}  # what broke each property on purpose
         self.last: Subject | None = None
 
     def judge(self, case: Case) -> Report:
         """Return the report on `case`, training only the first time."""
         if case not in self.reports:
             report = judge(lambda: self.fresh(case), case, self.properties, name=self.name)
+            seen = Counter(chunk.batch for chunk in report.trace.chunks) if report.trace else {}
+            self.chunks[case] = max(seen.values(), default=0)
             self.reports[case] = replace(report, trace=None)
         return self.reports[case]
 
@@ -326,6 +331,22 @@ class Bench:
                 ):
                     by_name[name] += (proof.disturbance,)
         return tuple(replace(v, proved_by=by_name.get(v.name)) for v in verdicts)
+
+    def proof_of(self, name: str) -> tuple[str, ...]:
+        """Return what a property that holds was broken by on purpose.
+
+        All that hold are tried together, and once.
+        """
+        if name not in self.tried:
+            # A property may be broken by none of its own cases, but by one of another's search.
+            untried = [
+                replace(v, violations=()) if v.name == name else v
+                for v in self.summed().verdicts
+                if v.name not in self.tried
+            ]
+            proved = self.proved(untried)
+            self.tried |= {v.name: v.proved_by for v in proved if v.proved_by is not None}
+        return self.tried[name]
 
     def _telling(self, proved: Mapping[str, Sequence[str]]) -> Iterator[Case]:
         """Yield a few cases, always the one on which most was judged that is not proved yet."""

@@ -97,7 +97,7 @@ def bare(case: tb.Case) -> nn.Module:
 
 
 def assuming(case: tb.Case) -> tb.Subject:
-    assume(False)
+    assume(case.steps > 99)
     return right(case)
 
 
