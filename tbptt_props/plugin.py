@@ -52,7 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
     """List the properties, if that is asked for."""
-    if not config.getoption("tbptt_list"):
+    if not config.getoption("tbptt_list", False):
         return None
     from tbptt_props.properties import PROPERTIES
 
@@ -65,7 +65,7 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Read what is asked for."""
-    command = {name: config.getoption(f"tbptt_{name}") for name in NAMES}
+    command = {name: config.getoption(f"tbptt_{name}", None) for name in NAMES}
     config.stash[ASKED] = asked(command, config.rootpath)
     config.stash[NOTED] = Ledger()
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import random
 import shlex
+import textwrap
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from tbptt_props.judge import Bench, Property
 from tbptt_props.ledger import NOTED, PREFIX, Finding, Tally
 from tbptt_props.options import ASKED, PROFILES, Options, unknown
 from tbptt_props.properties import PROPERTIES
-from tbptt_props.report import BrokenProperty, Verdict, failure_text
+from tbptt_props.report import WIDTH, BrokenProperty, Verdict, failure_text
 from tbptt_props.strategies import cases
 from tbptt_props.subject import ObservationError, Subject, shortened
 
@@ -42,7 +44,8 @@ def known(reason: str, *, case: Case, issue: str = "") -> Known:
     """Say that a property is known to be broken, for `conformance(expect={"its_name": ...})`.
 
     Its item judges `case` alone. It is an expected failure as long as the property is broken on it,
-    and fails once it no longer is. An error is never the failure that is known.
+    and fails once it no longer is. An error is never the failure that is known. With
+    `--tbptt-case`, the item is judged on that case as if nothing were known.
 
     Args:
         reason: why it fails, told with each run.
@@ -304,16 +307,17 @@ def _require_shown(found: _Found, *, strict: bool) -> None:
 
 
 def _failed(text: str) -> NoReturn:
-    __tracebackhide__ = True
-    pytest.fail(text, pytrace=False)
+    pytest.fail(textwrap.fill(text, WIDTH, break_on_hyphens=False), pytrace=False)
 
 
 def _replay(request: pytest.FixtureRequest, case: Case) -> str:
     """Return the command that judges the item on that case alone, if pytest has the option."""
     if ASKED not in request.config.stash:
         return ""
-    item = shlex.quote(str(request.config.cwd_relative_nodeid(request.node.nodeid)))
-    return f"pytest {item} --tbptt-case={shlex.quote(repr(case))}"
+    # An item's id has its file from the root: not what is typed where pytest was called.
+    file = os.path.relpath(request.node.path, request.config.invocation_params.dir)
+    item = "::".join([file, *str(request.node.nodeid).split("::")[1:]])
+    return f"pytest {shlex.quote(item)} --tbptt-case={shlex.quote(repr(case))}"
 
 
 def _note(request: pytest.FixtureRequest, test: _Test, seconds: float) -> None:
