@@ -325,7 +325,8 @@ class Bench:
         held = [verdict.name for verdict in verdicts if verdict.status == "holds"]
         by_name: dict[str, tuple[str, ...]] = dict.fromkeys(held, ())
         for case in self._telling(by_name):
-            for proof in self._proofs(case, held):
+            whole = [name for name in held if not self.reports[case][name].violations]
+            for proof in self._proofs(case, whole):
                 for name in proof.broken.difference(
                     name for name in held if proof.disturbance in by_name[name]
                 ):
@@ -338,7 +339,8 @@ class Bench:
         All that hold are tried together, and once.
         """
         if name not in self.tried:
-            # A property may be broken by none of its own cases, but by one of another's search.
+            # A pytest item's property may be broken on none of the cases that it drew itself, but
+            # on one of those that another item's search came to.
             untried = [
                 replace(v, violations=()) if v.name == name else v
                 for v in self.summed().verdicts
