@@ -475,7 +475,7 @@ def test_what_workers_noted_comes_together(
 
 def test_what_several_processes_found_is_summed_up_test_by_test() -> None:
     ledger = Ledger()
-    ledger.add("test_a", Tally({"one": "holds"}, {"Case()": 2}, 1.0))
+    ledger.add("test_a", Tally({"one": "holds"}, {"Case()": 2, "Case(hidden=2)": 2}, 1.0))
     other = Ledger()
     other.add("test_a", Tally({"two": "broken"}, {"Case()": 2, "Case(steps=3, chunk=1)": 3}, 2.0))
 
@@ -483,7 +483,7 @@ def test_what_several_processes_found_is_summed_up_test_by_test() -> None:
 
     assert list(ledger.lines()) == [
         "test_a: 2 judged, 1 held, 1 broken, 0 not judged; "
-        "2 cases, 1 with 2 boundaries or more; 3.0 s"
+        "3 cases, 1 with 2 boundaries or more; 3.0 s"
     ]
 
 
