@@ -1,9 +1,9 @@
-"""Hypothesis profiles and one torch thread, nothing else."""
+"""Hypothesis profiles, one torch thread, and the plugin where it is not installed."""
 
 import torch
 from hypothesis import HealthCheck, settings
 
-pytest_plugins = ["pytester"]
+pytest_plugins = ["pytester", "tbptt_props.plugin"]
 
 # One thread: the sizes are tiny, and a second thread may change the order of a sum.
 torch.set_num_threads(1)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tbptt_props.subject import ObservationError as ObservationError
     from tbptt_props.subject import Subject as Subject
     from tbptt_props.suite import conformance as conformance
+    from tbptt_props.suite import known as known
     from tbptt_props.trace import Expected as Expected
     from tbptt_props.trace import Trace as Trace
     from tbptt_props.trace import Violation as Violation
@@ -50,6 +51,7 @@ _HOMES = {
     "check": "judge",
     "chunk_lengths": "strategies",
     "conformance": "suite",
+    "known": "suite",
     "observe": "observation",
     "rederive": "rederivation",
     "sequence_lengths": "strategies",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return 0 if the properties hold, 1 if one is broken, 2 if misused."""
     options = _parser().parse_args(arguments)
     try:
-        return _faults(options) if options.command == "faults" else _check(options)
+        return {"check": _check, "replay": _replay, "faults": _faults}[options.command](options)
     except Misused as error:
         print(f"tbptt-props: {error}", file=sys.stderr)
         return MISUSED
@@ -49,6 +50,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     for size in _sizes():
         check.add_argument(f"--{size}", type=int, metavar="N", help=f"fix {size} of every case")
+    replay = commands.add_parser(
+        "replay",
+        help="judge one case again",
+        description="Judge the subject on one case, as a failure names it; exit code 0 if no "
+        "property is broken on it any more, 1 if one is, 2 if the subject can't be judged on it.",
+    )
+    replay.add_argument("subject", metavar="module.path:build", help="a function of a Case")
+    replay.add_argument("case", metavar="CASE", help="as in 'Case(steps=5, chunk=2)'")
     faults = commands.add_parser(
         "faults",
         help="measure the properties on loops that are broken on purpose",
@@ -71,6 +80,7 @@ def _sizes() -> list[str]:
 def _check(options: argparse.Namespace) -> int:
     build = _load(options.subject)
     from tbptt_props.judge import verify
+    from tbptt_props.report import as_text
     from tbptt_props.subject import ObservationError
 
     fixed = {size: value for size in _sizes() if (value := getattr(options, size)) is not None}
@@ -86,14 +96,38 @@ def _check(options: argparse.Namespace) -> int:
         )
     except (ObservationError, ValueError, TypeError) as error:
         progress.clear()
-        text = str(error)
-        named = text.startswith(options.subject)
-        raise Misused(text if named else f"{options.subject}: {text}") from error
+        raise _misused(options.subject, error) from error
     progress.clear()
-    print(report.as_text())
+    command = f"tbptt-props replay {shlex.quote(options.subject)}"
+    print(as_text(report, replay=lambda broken: f"{command} {shlex.quote(repr(broken.case))}"))
     if not report.holds and not report.broken:
         raise Misused(f"{options.subject}: nothing could be judged")
     return BROKEN if report.broken else HOLDS
+
+
+def _replay(options: argparse.Namespace) -> int:
+    build = _load(options.subject)
+    from tbptt_props.case import case_of
+    from tbptt_props.judge import replay
+    from tbptt_props.report import failure_text, summary
+    from tbptt_props.subject import ObservationError
+
+    try:
+        case = case_of(options.case)
+        report = replay(build, case)
+    except (ObservationError, ValueError, TypeError) as error:
+        raise _misused(options.subject, error) from error
+    if not report.holds and not report.broken:
+        raise Misused(f"{options.subject}: nothing could be judged on {case}")
+    print(f"{'still broken' if report.broken else 'fixed'} on {case}: {summary(report)}")
+    for verdict in report.broken:
+        print(f"\n{failure_text(report, verdict)}")
+    return BROKEN if report.broken else HOLDS
+
+
+def _misused(subject: str, error: Exception) -> Misused:
+    text = str(error)
+    return Misused(text if text.startswith(subject) else f"{subject}: {text}")
 
 
 def _faults(options: argparse.Namespace) -> int:

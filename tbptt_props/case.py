@@ -5,6 +5,7 @@ Shapes: B sequences, T time steps, K time steps in a chunk, I inputs, O outputs.
 
 from __future__ import annotations
 
+import ast
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -88,3 +89,32 @@ def require_size(name: str, value: object) -> None:
     least = 0 if name == "seed" else 1
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {name}={value!r}")
+
+
+def case_of(text: str) -> Case:
+    """Read a case from how it is written, `Case(steps=5, chunk=2)`; nothing is run.
+
+    Raises:
+        ValueError: the text is no such call, or a size has no such name or value.
+    """
+    given = _given(text)
+    if given is None:
+        raise ValueError(f"a case is written as {Case(steps=5, chunk=2)!r}, got {text!r}")
+    for name, value in given:
+        require_size(name, value)
+    return Case(**dict(given))
+
+
+def _given(text: str) -> list[tuple[str, int]] | None:
+    """Return the sizes that a call of Case is given, each by its name; None if it is no such."""
+    try:
+        call = ast.parse(text.strip(), mode="eval").body
+        if not isinstance(call, ast.Call) or ast.unparse(call.func).split(".")[-1] != "Case":
+            return None
+        by_place = list(zip(SIZES, map(ast.literal_eval, call.args), strict=False))
+        by_name = [(k.arg or "", ast.literal_eval(k.value)) for k in call.keywords]
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        return None
+    names = [name for name, _ in by_place + by_name]
+    whole = len(call.args) <= len(SIZES) and len({*names}) == len(names) and "" not in names
+    return by_place + by_name if whole else None

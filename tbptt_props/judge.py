@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
@@ -217,6 +218,19 @@ def verify(
     return replace(report, verdicts=verdicts, examples=counted)
 
 
+def replay(build: Build, case: Case) -> Report:
+    """Judge what `build` makes for one case again.
+
+    Raises:
+        ObservationError: the subject cannot be described, or `build` assumes the case away.
+        TypeError: `build` does not return a subject.
+    """
+    try:
+        return Bench(build).judge(case)
+    except UnsatisfiedAssumption as error:
+        raise ObservationError(f"{_named(build)} assumes {case} away") from error
+
+
 class Bench:
     """Judges what a factory builds, once per case; remembers the verdicts, not the tensors."""
 
@@ -228,12 +242,16 @@ class Bench:
         self.name = name or _named(build)
         self.properties = properties
         self.reports: dict[Case, Report] = {}
+        self.chunks: dict[Case, int] = {}  # seen in one batch, at most
+        self.tried: dict[str, tuple[str, ...]] = {}  # what broke each property on purpose
         self.last: Subject | None = None
 
     def judge(self, case: Case) -> Report:
         """Return the report on `case`, training only the first time."""
         if case not in self.reports:
             report = judge(lambda: self.fresh(case), case, self.properties, name=self.name)
+            seen = Counter(chunk.batch for chunk in report.trace.chunks) if report.trace else {}
+            self.chunks[case] = max(seen.values(), default=0)
             self.reports[case] = replace(report, trace=None)
         return self.reports[case]
 
@@ -315,12 +333,30 @@ class Bench:
         held = [verdict.name for verdict in verdicts if verdict.status == "holds"]
         by_name: dict[str, tuple[str, ...]] = dict.fromkeys(held, ())
         for case in self._telling(by_name):
-            for proof in self._proofs(case, held):
+            whole = [name for name in held if not self.reports[case][name].violations]
+            for proof in self._proofs(case, whole):
                 for name in proof.broken.difference(
                     name for name in held if proof.disturbance in by_name[name]
                 ):
                     by_name[name] += (proof.disturbance,)
         return tuple(replace(v, proved_by=by_name.get(v.name)) for v in verdicts)
+
+    def proof_of(self, name: str) -> tuple[str, ...]:
+        """Return what a property that holds was broken by on purpose.
+
+        All that hold are tried together, and once.
+        """
+        if name not in self.tried:
+            # A pytest item's property may be broken on none of the cases that it drew itself, but
+            # on one of those that another item's search came to.
+            untried = [
+                replace(v, violations=()) if v.name == name else v
+                for v in self.summed().verdicts
+                if v.name not in self.tried
+            ]
+            proved = self.proved(untried)
+            self.tried |= {v.name: v.proved_by for v in proved if v.proved_by is not None}
+        return self.tried[name]
 
     def _telling(self, proved: Mapping[str, Sequence[str]]) -> Iterator[Case]:
         """Yield a few cases, always the one on which most was judged that is not proved yet."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tbptt_props.case import Case
@@ -105,12 +105,17 @@ class Report:
             raise ObservationError(f"nothing could be judged: {'; '.join(reasons)}")
 
 
-def as_text(report: Report) -> str:
-    """Return one line per property, then each failure, then a summary."""
+def as_text(report: Report, *, replay: Callable[[Verdict], str] = lambda verdict: "") -> str:
+    """Return one line per property, then each failure, then a summary.
+
+    Args:
+        report: what to say.
+        replay: returns the command that judges a failure's case again.
+    """
     lines = [f"{report.subject}: {counted(report.examples, 'case')}"]
     lines += [line_of(verdict) for verdict in report.verdicts]
     for verdict in report.broken:
-        lines += ["", failure_text(report, verdict)]
+        lines += ["", failure_text(report, verdict, replay=replay(verdict))]
     return "\n".join([*lines, "", summary(report)])
 
 
@@ -146,9 +151,19 @@ def summary(report: Report) -> str:
     )
 
 
-def failure_text(report: Report, verdict: Verdict) -> str:
-    """Return one broken property: the claim, where, what was found and due, the smallest case."""
-    return "\n".join(_failure_lines(report, verdict))
+def failure_text(report: Report, verdict: Verdict, *, replay: str = "") -> str:
+    """Return one broken property: the claim, where, what was found and due, the smallest case.
+
+    Args:
+        report: of what it is one verdict.
+        verdict: on the broken property.
+        replay: the command that judges its case again, if there is one.
+    """
+    lines = list(_failure_lines(report, verdict))
+    if replay:
+        # As wide as it is: one line can be copied.
+        lines.append(f"  replay            {replay}")
+    return "\n".join(lines)
 
 
 def _failure_lines(report: Report, verdict: Verdict) -> Iterator[str]:

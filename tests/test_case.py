@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tbptt_props.case import SIZES, Case, require_size
+from tbptt_props.case import SIZES, Case, case_of, require_size
 
 SOME = Case(batch=4, steps=7, chunk=3, inputs=2, hidden=5, outputs=3, batches=3, seed=12)
 
@@ -218,3 +218,70 @@ def test_growing_numbers_touches_nobodys_generator() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.randn(1)
         assert states() != before
+
+
+# As it is written -----------------------------------------------------------------------------
+
+
+@given(sized())
+def test_a_case_is_read_from_its_repr(case: Case) -> None:
+    assert case_of(repr(case)) == case
+
+
+@pytest.mark.parametrize(
+    ("text", "due"),
+    [
+        (" tb.Case(chunk=2, steps=5)\n", Case(steps=5, chunk=2)),
+        ("tbptt_props.Case(2, 5, 3, seed=4)", Case(batch=2, steps=5, chunk=3, seed=4)),
+        ("Case()", Case()),
+    ],
+)
+def test_a_case_is_read_however_it_may_be_written(text: str, due: Case) -> None:
+    assert case_of(text) == due
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "1, 5, 4, 0",
+        "Case",
+        "Case(steps=2",
+        "Cases(steps=2)",
+        "Case(steps=1 + len('x'))",
+        "Case(steps=print('run'))",
+        "Case(**{'steps': 2})",
+        "Case(*[1, 2])",
+        "Case(1, batch=1)",
+        "Case(steps=2, steps=3)",
+        "Case(1, 2, 3, 4, 5, 6, 7, 8, 9)",
+        "Case(steps={[]: 1})",
+        "Case(steps=2).tensors()",
+        "(" * 9999,
+        "Case(steps=2)\0",
+    ],
+)
+def test_what_is_no_case_is_told_how_one_is_written_and_not_run(
+    text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match="written as") as refusal:
+        case_of(text)
+
+    assert str(refusal.value) == f"a case is written as Case(steps=5, chunk=2), got {text!r}"
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "due"),
+    [
+        ("Case(steps=0)", "steps must be an integer of at least 1, got steps=0"),
+        ("Case(seed=-1)", "seed must be an integer of at least 0, got seed=-1"),
+        ("Case(steps=True)", "steps must be an integer of at least 1, got steps=True"),
+        ("Case(step=2)", f"a case has no size 'step': its sizes are {', '.join(SIZES)}"),
+    ],
+)
+def test_a_written_case_of_no_such_size_is_refused_as_any_other(text: str, due: str) -> None:
+    with pytest.raises(ValueError) as refusal:  # noqa: PT011 -- its text is compared below
+        case_of(text)
+
+    assert str(refusal.value) == due

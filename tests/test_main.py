@@ -1,6 +1,7 @@
 import io
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -9,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from hypothesis import assume
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
@@ -60,6 +62,7 @@ self.manual_backward(loss)
   smallest case     Case(steps=3, chunk=2, batches=2)
   likely cause      Backward is called on the loss itself, past Lightning's precision and strategy
   try               self.manual_backward(loss) in place of loss.backward()
+  replay            tbptt-props replay test_main:wrong 'Case(steps=3, chunk=2, batches=2)'
 
 20 hold, 1 broken, 2 not judged
 """
@@ -91,6 +94,11 @@ def wrong(case: tb.Case) -> tb.Subject:
 
 def bare(case: tb.Case) -> nn.Module:
     return right(case).module
+
+
+def assuming(case: tb.Case) -> tb.Subject:
+    assume(case.steps > 99)
+    return right(case)
 
 
 def unreadable(case: tb.Case) -> tb.Subject:
@@ -232,6 +240,54 @@ def test_a_size_given_by_name_is_that_of_every_case(size: str, value: int) -> No
     check("right", f"--{size}", str(value + 2))
 
     assert {getattr(case, size) for case in built} == {value + 2}
+
+
+def test_a_failure_is_replayed_by_the_command_that_it_names(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    check("wrong", *FIXED)
+    (line,) = re.findall("replay +(tbptt-props .*)", capsys.readouterr().out)
+
+    assert main(shlex.split(line)[1:]) == 1
+
+    told = capsys.readouterr().out
+    first, _, failure = told.partition("\n\n")
+    assert first == (
+        "still broken on Case(steps=3, chunk=2, batches=2): 20 hold, 1 broken, 2 not judged"
+    )
+    assert failure == BROKEN[BROKEN.index("\n\n") + 2 : BROKEN.index("  replay")]
+
+
+def test_a_loop_that_was_mended_is_said_to_be_fixed_on_the_case_which_alone_is_trained_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["replay", f"{__name__}:right", "Case(steps=3, chunk=2, batches=2)"]) == 0
+
+    told = capsys.readouterr()
+    assert told.out == (
+        "fixed on Case(steps=3, chunk=2, batches=2): 21 hold, 0 broken, 2 not judged\n"
+    )
+    assert set(built) == {tb.Case(steps=3, chunk=2, batches=2)}
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "due"),
+    [
+        ("right", "3, 2", "a case is written as Case(steps=5, chunk=2), got '3, 2'"),
+        ("right", "Case(steps=0)", "steps must be an integer of at least 1, got steps=0"),
+        ("bare", "Case()", "must return a Subject, got TruncatedRNN"),
+        ("assuming", "Case()", "assumes Case(steps=2, chunk=1) away"),
+    ],
+)
+def test_a_replay_that_judges_nothing_is_misuse(
+    name: str, case: str, due: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["replay", f"{__name__}:{name}", case]) == 2
+
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith(f"tbptt-props: {__name__}:{name}")
+    assert told.err.endswith(f"{due}\n")
 
 
 class Terminal(io.StringIO):

@@ -68,6 +68,15 @@ def test_a_failure_says_the_claim_where_what_was_found_and_due_and_the_smallest_
     assert failure_text(REPORT, BROKEN) == FAILURE
 
 
+def test_a_failure_ends_in_the_command_that_replays_it_on_one_line() -> None:
+    command = f"pytest 'tests/test_of_a_long_name.py::test_lit_rnn[{'x' * 60}]' --tbptt-case='C()'"
+
+    assert failure_text(REPORT, BROKEN, replay=command) == (
+        f"{FAILURE}\n  replay            {command}"
+    )
+    assert command in as_text(REPORT, replay=lambda verdict: command if verdict is BROKEN else "-")
+
+
 def test_a_failure_tells_the_first_violations_and_counts_the_rest() -> None:
     text = failure_text(REPORT, many(7))
 

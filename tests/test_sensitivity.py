@@ -14,7 +14,9 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as optim_module
 
 import tbptt_props as tb
+from tbptt_props.judge import Bench
 from tbptt_props.sensitivity import DISTURBANCES
+from tbptt_ref.faults_update import CallsBackwardItself
 from tbptt_ref.module import TruncatedRNN
 
 SUMS = "state_sums_up_the_chunk"
@@ -96,6 +98,36 @@ def test_a_property_that_nothing_breaks_holds_vacuously_and_is_told_so() -> None
     line = next(line for line in report.as_text().splitlines() if names[0] in line)
     assert "vacuous here" in report.as_text()[report.as_text().index(line) :]
     assert f"({len(names)} vacuously)" in report.as_text()
+
+
+def test_where_a_property_is_broken_without_it_a_disturbance_proves_nothing() -> None:
+    def build(case: tb.Case) -> Any:
+        return subject(case, kind=CallsBackwardItself if case.steps > 2 else TruncatedRNN)
+
+    right, now_and_then = Bench(subject), Bench(build)
+    right.judge(tb.Case())
+    for case in (tb.Case(), tb.Case(steps=3, chunk=1, batches=2)):
+        now_and_then.judge(case)
+
+    name = "backward_goes_through_manual_backward"
+    assert now_and_then.proof_of(name) == right.proof_of(name) != ()
+    assert "the state is dropped" in now_and_then.proof_of("state_crosses_every_boundary")
+
+
+def test_all_that_holds_is_proved_at_once() -> None:
+    built: list[tb.Case] = []
+
+    def build(case: tb.Case) -> Any:
+        built.append(case)
+        return subject(case)
+
+    bench = Bench(build)
+    bench.judge(tb.Case())
+    bench.proof_of("chunks_tile_the_sequence")
+    before = len(built)
+
+    assert "the state is dropped" in bench.proof_of("state_crosses_every_boundary")
+    assert len(built) == before
 
 
 def test_nothing_is_left_wrapped_or_changed() -> None:

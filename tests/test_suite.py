@@ -1,6 +1,7 @@
 import re
 from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
 import hypothesis.core
 import pytest
@@ -465,7 +466,7 @@ def test_a_size_that_no_case_has_is_refused() -> None:
         ({"max_examples": 0}, "max_examples must be at least 1, got max_examples=0"),
     ],
 )
-def test_an_impossible_size_is_refused(sizes: dict[str, int], due: str) -> None:
+def test_an_impossible_size_is_refused(sizes: dict[str, Any], due: str) -> None:
     with pytest.raises(ValueError) as refusal:  # noqa: PT011 -- its text is compared below
         tb.conformance(**sizes)
 
