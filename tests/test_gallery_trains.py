@@ -287,6 +287,8 @@ BY_ANOTHER_PLAN = {
     "random_lengths",
     "growing_lengths",
     "pair_of_inputs",
+    "ragged",
+    "packed",
     "speaker_ids",
     "running_average",
 }
@@ -547,6 +549,33 @@ def test_a_loop_wired_otherwise_ends_where_a_plain_loop_ends(name: str) -> None:
     train_plainly(twin.module.double(), loss, pairs, SEVERAL.chunk, recipe)
 
     assert_close(module, twin.module, DOUBLE)
+
+
+@by_name(["ragged", "packed"])
+def test_a_masked_loss_leaves_out_what_is_behind_a_sequences_end(name: str) -> None:
+    _, build = OTHER[name]
+    subject, twin = (seeded(SEVERAL, lambda: build(SEVERAL)) for _ in range(2))
+    module: Any = twin.module.double()
+    optimizer = module.configure_optimizers()
+
+    fit(subject.module.double(), subject.batches)
+    for x, y, lengths in twin.batches:
+        state, start = None, 0
+        for piece, due in zip(*(part.split(SEVERAL.chunk, dim=1) for part in (x, y)), strict=True):
+            left = lengths - start
+            extra = [left.clamp(1, piece.shape[1])] if name == "packed" else []
+            prediction, state = module(piece, *extra, values(state))
+            errors = [
+                error
+                for row, length in zip((prediction - due).square().mean(-1), left, strict=True)
+                for error in row[: max(0, int(length))]
+            ]
+            optimizer.zero_grad()
+            (torch.stack(errors).mean() if errors else 0 * prediction.sum()).backward()
+            optimizer.step()
+            start += piece.shape[1]
+
+    assert_close(subject.module, module, DOUBLE)
 
 
 def test_an_update_per_sequence_follows_the_mean_over_all_its_time_steps() -> None:
