@@ -289,6 +289,9 @@ class Watch:
             if self.layer is not None:
                 layer = self.module.get_submodule(self.layer)
                 undo.callback(layer.register_forward_pre_hook(self._count_layer).remove)
+            for name, layer in _bidirectional(self.module):
+                look = functools.partial(self._refuse_backward_state, name)
+                undo.callback(layer.register_forward_pre_hook(look, with_kwargs=True).remove)
             undo.enter_context(self._wrapped_autograd("backward", self._backward))
             undo.enter_context(self._wrapped_autograd("grad", self._grad))
             undo.enter_context(self._wrapped_making_of_optimizers())
@@ -298,6 +301,21 @@ class Watch:
 
     def _count_layer(self, *called: object) -> None:
         self.layer_calls += 1
+
+    def _refuse_backward_state(self, name: str, layer: nn.Module, args: Any, kwargs: Any) -> None:
+        """Refuse a layer whose backward direction goes on from the state of the chunk before."""
+        if self._elsewhere() or not torch.is_grad_enabled() or not self.in_batch:
+            return
+        handed = leaves(args[1] if len(args) > 1 else kwargs.get("hx")).values()
+        # Of each layer the forward direction comes first: only the other one has no past to go on.
+        rows = [row for leaf in handed for row in leaf[1::2].flatten(0, -2)]
+        if any(bool(row.any()) and _has_row(leaves(self.last_state), row) for row in rows):
+            raise self._fail(
+                f"{type(self.module).__name__}'s {name or 'recurrent layer'} is bidirectional, and "
+                "its backward direction starts from a state that the chunk before ended in: it "
+                "runs against time, so that this state is not its past. Truncate a core with "
+                "bidirectional=False, or hand on h[0::2] alone and start h[1::2] from zeros"
+            )
 
     def _elsewhere(self) -> bool:
         return self.busy or threading.get_ident() != self.thread
@@ -1027,6 +1045,18 @@ def _only_layer(module: nn.Module) -> str | None:
     """Name the module's one recurrent layer of torch's, if it has just one."""
     layers = [name for name, m in module.named_modules() if isinstance(m, nn.RNNBase) and name]
     return layers[0] if len(layers) == 1 else None
+
+
+def _bidirectional(module: nn.Module) -> list[tuple[str, nn.RNNBase]]:
+    layers = [(name, m) for name, m in module.named_modules() if isinstance(m, nn.RNNBase)]
+    return [(name, layer) for name, layer in layers if layer.bidirectional]
+
+
+def _has_row(tensors: Tensors, row: Tensor) -> bool:
+    return any(
+        leaf.dim() > 0 and leaf.shape[-1:] == row.shape and bool((leaf == row).all(dim=-1).any())
+        for leaf in tensors.values()
+    )
 
 
 def plain_attributes(module: nn.Module) -> dict[str, dict[str, Any]]:

@@ -563,6 +563,69 @@ def test_a_loop_that_never_calls_backward_has_no_chunks() -> None:
     assert report["loss_is_the_chunks_own"].status == "not judged"
 
 
+class Bidirectional(TruncatedRNN):
+    """Hands the state of both directions on."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.core = bidirectional(self.core)
+        self.readout = nn.Linear(2 * self.core.hidden_size, self.readout.out_features)
+
+
+class HandsTheForwardDirectionOn(Bidirectional):
+    """Hands the state of the forward direction on; the other one starts at the chunk's end."""
+
+    def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
+        if state is None:
+            features, state = self.core(x)
+        else:
+            features, state = self.core(x, torch.stack([state, torch.zeros_like(state)]))
+        return self.readout(features), state[0]
+
+
+class EncodesEachChunk(TruncatedRNN):
+    """Has a bidirectional layer with no state of its own from one chunk to the next."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.encoder = bidirectional(self.core)
+        self.narrow = nn.Linear(2 * self.core.hidden_size, self.core.input_size)
+        self.start = nn.Parameter(torch.randn(2, 1, self.core.hidden_size))
+
+    def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
+        encoded, _ = self.encoder(x, self.start.expand(-1, len(x), -1).contiguous())
+        features, state = self.core(self.narrow(encoded), state)
+        return self.readout(features), state
+
+
+def bidirectional(core: Any) -> Any:
+    return nn.RNN(core.input_size, core.hidden_size, batch_first=True, bidirectional=True)
+
+
+def test_a_core_whose_backward_direction_goes_on_is_told_that_this_is_not_its_past() -> None:
+    with pytest.raises(tb.ObservationError, match="core is bidirectional") as raised:
+        tb.check(subject(Bidirectional), CASE)
+
+    assert "Bidirectional's core" in str(raised.value)
+    assert "bidirectional=False" in str(raised.value)
+
+
+def test_a_bidirectional_core_is_judged_where_there_is_no_boundary() -> None:
+    module = made(Bidirectional, WHOLE)
+
+    assert tb.check(tb.Subject(module, loss=mse_loss), WHOLE).broken == ()
+
+
+@pytest.mark.parametrize("kind", [HandsTheForwardDirectionOn, EncodesEachChunk])
+def test_a_bidirectional_layer_that_stays_within_its_chunk_is_not_refused(
+    kind: type[TruncatedRNN],
+) -> None:
+    report = tb.check(subject(kind), CASE)
+
+    assert report.broken == ()
+    assert "state_crosses_every_boundary" in {verdict.name for verdict in report.holds}
+
+
 class Locked(TruncatedRNN):
     """Holds what can't be copied."""
 
