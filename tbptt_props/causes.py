@@ -193,6 +193,14 @@ def state_outlives_its_batch(seen: Evidence) -> bool:
     return AFRESH in seen.broken
 
 
+def core_runs_along_the_batch(seen: Evidence) -> bool:
+    """The recurrence runs along the batch: it takes sequences for time steps.
+
+    Try: batch_first=True for inputs (sequences, time steps, features), or x.transpose(0, 1)
+    """
+    return APART in seen.broken
+
+
 # Of the chunks -----------------------------------------------------------------------------------
 
 
@@ -881,6 +889,7 @@ LOSS = "loss_is_the_chunks_own"
 GRADIENTS = "gradients_are_the_chunks_own"
 SPAN = "gradients_span_the_whole_chunk"
 SUMS = "state_sums_up_the_chunk"
+APART = "no_sequence_looks_at_another"
 ORDER = "events_come_in_a_legal_order"
 ONCE = "each_chunk_updates_once"
 RULE = "the_update_follows_the_optimizers_rule"
@@ -919,6 +928,7 @@ FINGERPRINTS: tuple[Group, ...] = (
     ),
     ((CROSSES, SUMS), (state_is_ignored,)),
     ((SUMS,), (state_is_not_the_last,)),
+    ((APART,), (core_runs_along_the_batch,)),
     ((AFRESH,), (state_outlives_its_batch,)),
     (
         (TILE,),

@@ -87,10 +87,11 @@ def _judge(
         plans = [twin.contract.plan(case, b.inputs.shape[1]) for b in batches_of(twin, case)]
 
         def judge_link(chunk: Chunk) -> None:
+            number = next(numbers)
             link = Link(
                 before[-1] if before else None,
                 chunk,
-                rederive(twin, chunk, slope=_looked_at(next(numbers))),
+                rederive(twin, chunk, slope=_looked_at(number), mixing=not number),
                 plans[chunk.batch],
                 twin.contract,
             )

@@ -441,7 +441,7 @@ def one_chunk(
     clips = any(is_clipped(chunk.outcome.gradients, rule.handed) for rule in chunk.outcome.rules)
     if clips and not contract.clips:
         return Rerun(where, missing="gradients are clipped, and the contract does not say how")
-    due = rederive(fresh(), _of_whole(batches[0], chunk), slope=False)
+    due = rederive(fresh(), _of_whole(batches[0], chunk), slope=False, mixing=False)
     if due.missing:
         return Rerun(where, missing=due.missing)
     try:

@@ -293,6 +293,18 @@ def state_sums_up_the_chunk(link: Link) -> Iterator[Finding]:
         yield Violation(where, found, "the same however forward is called")
 
 
+def no_sequence_looks_at_another(link: Link) -> Iterator[Finding]:
+    """What is predicted of a sequence does not depend on the others in its batch."""
+    if link.expected.mixed is None:
+        yield NotJudged("two sequences in the first chunk, and no statistics over the batch")
+        return
+    for mixing in link.expected.mixed:
+        moved, due = mixing.moved.told
+        where = f"{link.chunk}, {mixing.moved.entry} of sequence {mixing.sequence}"
+        found = f"{moved} once sequence {mixing.by} is fed something else"
+        yield Violation(where, found, f"{due} as before")
+
+
 def events_come_in_a_legal_order(link: Link) -> Iterator[Finding]:
     """Gradients are clear before backward, which comes after forward and before the update."""
     outcome = _outcome(link)
@@ -703,6 +715,7 @@ OF_LINKS: tuple[LinkProperty, ...] = (
     gradients_are_the_chunks_own,
     gradients_span_the_whole_chunk,
     state_sums_up_the_chunk,
+    no_sequence_looks_at_another,
     events_come_in_a_legal_order,
     each_chunk_updates_once,
     the_update_follows_the_optimizers_rule,

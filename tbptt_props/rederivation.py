@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tbptt_props.byhand import BY_HAND
-from tbptt_props.compare import close, near, near_slope, same, worst
+from tbptt_props.compare import close, difference, near, near_slope, same, worst
 from tbptt_props.forward import Arguments, Forward
 from tbptt_props.graph import nodes_behind
 from tbptt_props.process import randomness, set_randomness
@@ -30,6 +30,7 @@ from tbptt_props.trace import (
     Difference,
     Expected,
     Given,
+    Mixing,
     Outcome,
     Rule,
     Tensors,
@@ -42,20 +43,22 @@ ROUNDING = 1e-15  # a few of float64's units in the last place
 NUDGE = 1e-5  # central differences in float64: truncation error near NUDGE² = 1e-10
 
 
-def rederive(subject: Subject, chunk: Chunk, *, slope: bool = True) -> Expected:
+def rederive(
+    subject: Subject, chunk: Chunk, *, slope: bool = True, mixing: bool = True
+) -> Expected:
     """Run one chunk by itself on `subject`'s module, with no past to leak from and no loop.
 
     The module's parameters, buffers and plain attributes are overwritten with what the chunk was
     given, and its parameters with what the update is due to make of them: pass a subject that
     nobody trains, and use what is returned before the next call. Without `slope`, two forwards
-    are saved.
+    are saved, and without `mixing` five.
     """
     given, outcome = chunk.given, chunk.outcome
     if given is None or outcome is None:
         return Expected(missing="the chunk's tensors were dropped")
     try:
         with _kept_randomness():
-            return _rederived(subject, chunk, given, outcome, slope=slope)
+            return _rederived(subject, chunk, given, outcome, slope=slope, mixing=mixing)
     except ObservationError as error:  # the loss is none, or none of several calls' predictions
         if len(given.calls) == 1:
             raise
@@ -90,7 +93,7 @@ class _Again:
 
 
 def _rederived(
-    subject: Subject, chunk: Chunk, given: Given, outcome: Outcome, *, slope: bool
+    subject: Subject, chunk: Chunk, given: Given, outcome: Outcome, *, slope: bool, mixing: bool
 ) -> Expected:
     _load(subject.module, given)
     again = _run(subject, given, outcome.loss)
@@ -103,6 +106,7 @@ def _rederived(
         state_matters=_state_matters(subject, given, again),
         draws=again.draws,
         in_two=None if within_batch else _in_two(subject, chunk, given, again),
+        mixed=_mixed(subject, chunk, given) if mixing else None,
         partial=subject.loss is None,
     )
     expected = _with_slopes(expected, subject, given, again, wanted=slope)
@@ -252,6 +256,95 @@ def _in_two(
         return None
     _, carried = _repeat(forward, replace(first, x=late, handed=True), midway)
     return tuple(worst(leaves(carried), leaves(again.state)))
+
+
+@torch.no_grad()
+def _mixed(subject: Subject, chunk: Chunk, given: Given) -> tuple[Mixing, ...] | None:
+    """Feed one sequence something else; return what that does to others, or None where it may.
+
+    Statistics over a batch, as batch norm takes them, have each sequence depend on each. One that
+    depends on those before it, or behind it, alone is taken for a time step.
+    """
+    dim = _sequence_dimension(chunk, given)
+    if dim is None or given.calls[0].x.shape[dim] < 2:
+        return None
+    count = given.calls[0].x.shape[dim]
+    try:
+        plain = _with_row(subject, given, dim)
+        moves = {row: _moves(subject, given, dim, row, plain) for row in (0, count - 1)}
+    except Exception:  # whatever a stranger's forward raises on inputs that are not its own
+        return None
+    if any(found is None for found in moves.values()) or all(moves.values()):
+        return None
+    names = chunk.lanes if len(chunk.lanes) == count else range(count)
+    return tuple(
+        Mixing(names[row], names[by], moved)
+        for by, found in moves.items()
+        for row, moved in found or ()
+    )
+
+
+def _sequence_dimension(chunk: Chunk, given: Given) -> int | None:
+    """Return along which dimension of a call's inputs its sequences lie; None where unclear."""
+    time, x = time_dimension(chunk), given.calls[0].x
+    if time is not None:
+        return 1 - time
+    if not isinstance(x, Tensor):
+        return None
+    found = [dim for dim, size in enumerate(x.shape[:2]) if size == len(chunk.lanes)]
+    return found[0] if len(found) == 1 else None
+
+
+def _with_row(
+    subject: Subject, given: Given, dim: int, row: int = 0, otherwise: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run a chunk's first call; return its prediction, and the random numbers it left."""
+    first = given.calls[0]
+    x = first.x.clone()
+    if otherwise is not None:
+        x.select(dim, row).copy_(otherwise)
+    _load_values(subject.module, given)
+    prediction, _ = _repeat(Forward(subject), replace(first, x=x), value_of(first.state))
+    return prediction, torch.get_rng_state()
+
+
+def _moves(
+    subject: Subject, given: Given, dim: int, row: int, plain: tuple[Tensor, Tensor]
+) -> list[tuple[int, Difference]] | None:
+    """Return the first other sequence that one moves, if any; None where they can't be told."""
+    before = _by_sequence(plain[0], given.calls[0].x, dim)
+    for other in _others_for(given.calls[0].x, dim, row):
+        prediction, left = _with_row(subject, given, dim, row, other)
+        after = _by_sequence(prediction, given.calls[0].x, dim)
+        if before is None or after is None or before.shape != after.shape:
+            return None
+        if not torch.equal(left, plain[1]):  # how much is drawn depends on the inputs
+            return None
+        for i, (one, due) in enumerate(zip(after, before, strict=True)):
+            if i != row and not close(one, due):
+                return [(i, difference("prediction", one, due))]
+    return []
+
+
+def _others_for(x: Tensor, dim: int, row: int) -> Iterator[Tensor]:
+    """Yield two other inputs for a sequence; what are no real numbers may be ids: other rows'."""
+    own = x.select(dim, row)
+    for by in (1, 2):
+        if x.is_floating_point():  # further out than any, for a maximum over the batch to move
+            yield own + (-1) ** by * (1 + 2 * x.abs().max())
+        else:
+            yield x.select(dim, (row + by) % x.shape[dim])
+
+
+def _by_sequence(prediction: Tensor, x: Tensor, dim: int) -> Tensor | None:
+    """Lay a prediction out with its sequences first; None where it is unclear how they lie."""
+    leading = x.shape[:2]
+    flat = prediction.dim() > 0 and len(leading) == 2 and len(prediction) == leading.numel()
+    if flat and leading.numel() > x.shape[dim]:
+        prediction = prediction.reshape(*leading, *prediction.shape[1:])
+    dims = (dim, 0)
+    found = [d for d in dims if d < prediction.dim() and prediction.shape[d] == x.shape[dim]]
+    return prediction.movedim(found[0], 0) if found else None
 
 
 @torch.no_grad()

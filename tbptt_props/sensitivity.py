@@ -260,6 +260,14 @@ def _state_off(returned: Any) -> Any:
     return returned
 
 
+def _sequences_mixed(returned: Any) -> Any:
+    """Add to each prediction those before it: along the batch, whichever dimension that is."""
+    if isinstance(returned, Tensor) and returned.dim() > 1 and returned.is_floating_point():
+        return returned + 0.1 * (returned.cumsum(0) + returned.cumsum(1))
+    several = isinstance(returned, tuple) and bool(returned)
+    return (_sequences_mixed(returned[0]), *returned[1:]) if several else returned
+
+
 # Backward and update --------------------------------------------------------------------------
 
 
@@ -432,6 +440,7 @@ DISTURBANCES: tuple[Disturbance, ...] = (
     Disturbance("random numbers are drawn again", around(_before_each_call(_seed))),
     Disturbance("forward detaches half of what it returns", _inner(_half_detached)),
     Disturbance("forward returns another state", _inner(_state_off)),
+    Disturbance("forward mixes the sequences", _inner(_sequences_mixed)),
 )
 
 

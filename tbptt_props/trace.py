@@ -194,6 +194,15 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class Mixing:
+    """What one sequence's inputs do to what is predicted of another."""
+
+    sequence: int
+    by: int  # the sequence that was fed something else
+    moved: Difference
+
+
+@dataclass(frozen=True)
 class Expected:
     """What was due of a chunk, rederived from what it was given and nothing else."""
 
@@ -211,6 +220,7 @@ class Expected:
     draws: bool = False  # forward draws random numbers
     partial: bool = False  # no loss is known: gradients only of what the forward calls use
     in_two: tuple[Difference, ...] | None = None  # run in two parts, what comes out otherwise
+    mixed: tuple[Mixing, ...] | None = None  # what a sequence's inputs move in others
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(faults_time.RepeatsEveryChunk),
     Fault(faults_time.ShiftsTheTargets),
     Fault(faults_time.MixesBatchAndTime, ("two sequences",)),
+    Fault(faults_time.RunsAlongTheBatch),
     Fault(faults_time.LosesTheBoundaryTarget),
     Fault(faults_time.ScoresOnlyTheLastTimeStep, ("two time steps in a chunk",)),
     # Gradients cleared too seldom, too late, or in part.

@@ -161,6 +161,14 @@ class MixesBatchAndTime(TruncatedRNN):
         return super().chunks(x, y)
 
 
+class RunsAlongTheBatch(TruncatedRNN):
+    """Runs its recurrence along the batch, as a core without `batch_first=True` does."""
+
+    def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
+        features, state = self.core(x.transpose(0, 1), state)
+        return self.readout(features.transpose(0, 1)), state
+
+
 class LosesTheBoundaryTarget(TruncatedRNN):
     """Leaves the last time step of every chunk out of the loss, as a shift inside a chunk does."""
 

@@ -569,7 +569,8 @@ class Bidirectional(TruncatedRNN):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.core = bidirectional(self.core)
-        self.readout = nn.Linear(2 * self.core.hidden_size, self.readout.out_features)
+        readout: Any = self.readout
+        self.readout = nn.Linear(2 * readout.in_features, readout.out_features)
 
 
 class HandsTheForwardDirectionOn(Bidirectional):
@@ -588,9 +589,10 @@ class EncodesEachChunk(TruncatedRNN):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.encoder = bidirectional(self.core)
-        self.narrow = nn.Linear(2 * self.core.hidden_size, self.core.input_size)
-        self.start = nn.Parameter(torch.randn(2, 1, self.core.hidden_size))
+        core: Any = self.core
+        self.encoder = bidirectional(core)
+        self.narrow = nn.Linear(2 * core.hidden_size, core.input_size)
+        self.start = nn.Parameter(torch.randn(2, 1, core.hidden_size))
 
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
         encoded, _ = self.encoder(x, self.start.expand(-1, len(x), -1).contiguous())

@@ -67,6 +67,7 @@ CAUSES = {
     "RepeatsEveryChunk": "every_chunk_is_repeated",
     "ShiftsTheTargets": "targets_are_shifted",
     "MixesBatchAndTime": "batch_and_time_are_mixed",
+    "RunsAlongTheBatch": "core_runs_along_the_batch",
     "LosesTheBoundaryTarget": "last_target_of_each_chunk_is_lost",
     "ScoresOnlyTheLastTimeStep": "only_the_last_time_step_is_scored",
     "NeverClears": "gradients_are_not_cleared",

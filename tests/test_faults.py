@@ -23,6 +23,7 @@ GONE = "no_graph_outlives_its_chunk"
 END = "training_reaches_the_end"
 AFRESH = "state_starts_afresh_with_each_batch"
 SUMS = "state_sums_up_the_chunk"
+APART = "no_sequence_looks_at_another"
 RULE = "the_update_follows_the_optimizers_rule"
 MOVES = "nothing_but_the_update_moves_parameters"
 MANUAL = "backward_goes_through_manual_backward"
@@ -81,6 +82,7 @@ BREAKS = {
     "RepeatsEveryChunk": {ORDINARY, TILE},
     "ShiftsTheTargets": {LOSS, ORDINARY, RESUMED, TILE},
     "MixesBatchAndTime": {ORDINARY, RESUMED, TILE},
+    "RunsAlongTheBatch": {APART, END},
     "LosesTheBoundaryTarget": {LOSS, ORDINARY, TILE},
     "ScoresOnlyTheLastTimeStep": {LOSS, ORDINARY, TILE},
     "NeverClears": {ALONE, GRADIENTS, ORDER, RESUMED},

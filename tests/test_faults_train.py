@@ -102,6 +102,7 @@ STOPS = {
     "DetachesTheTuple": "'tuple' object has no attribute 'detach'",
     "DetachesATensorAsATuple": "'tuple' object has no attribute",
     "RunsOnUnderNoGrad": "element 0 of tensors does not require grad",
+    "RunsAlongTheBatch": "Expected hidden[0] size",
     "ForgetsManualOptimization": "to use manual_backward, please disable automatic optimization",
     "RefusesShortSequences": "a sequence of 2 time steps has no chunk of 3",
 }

@@ -103,7 +103,7 @@ RIGHT_PROPERTY = {
     "runs_ahead": "events_come_in_a_legal_order",
     "first_sequences_state": "state_crosses_every_boundary",
     "wrong_end_of_the_features": "state_sums_up_the_chunk",
-    "batch_first_forgotten": "training_reaches_the_end",
+    "batch_first_forgotten": "no_sequence_looks_at_another",
     "tuple_of_layers": "training_reaches_the_end",
     "counts_pieces": "chunks_tile_the_sequence",
     "whole_chunks_only": "chunks_tile_the_sequence",

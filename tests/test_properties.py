@@ -30,6 +30,7 @@ from tbptt_props.properties import (
     graph_crosses_no_boundary,
     loss_is_the_chunks_own,
     no_graph_outlives_its_chunk,
+    no_sequence_looks_at_another,
     nothing_but_the_update_moves_parameters,
     one_chunk_is_one_ordinary_update,
     state_crosses_every_boundary,
@@ -52,6 +53,7 @@ from tbptt_props.trace import (
     Halt,
     Leak,
     Link,
+    Mixing,
     NotJudged,
     Outcome,
     Place,
@@ -150,6 +152,7 @@ DUE = Expected(
     state_matters=True,
     draws=True,
     in_two=(),
+    mixed=(),
 )
 LINK = Link(before=FIRST, chunk=SECOND, expected=DUE, plan=PLAN)
 
@@ -281,6 +284,9 @@ BREAKING: dict[Judged, Link | Trace] = {
     gradients_are_the_chunks_own: with_due(LINK, gradients={}),
     gradients_span_the_whole_chunk: with_due(LINK, slope=1.75),
     state_sums_up_the_chunk: with_due(LINK, in_two=(Difference("state", (0, 1), 8.0, 9.0),)),
+    no_sequence_looks_at_another: with_due(
+        LINK, mixed=(Mixing(1, 0, Difference("prediction", (0, 1), 8.0, 9.0)),)
+    ),
     events_come_in_a_legal_order: with_outcome(LINK, events=("forward", "update", "backward")),
     each_chunk_updates_once: with_outcome(LINK, rules=()),
     the_update_follows_the_optimizers_rule: with_rule(LINK, after=BEFORE),
@@ -1456,6 +1462,21 @@ def test_a_state_that_depends_on_how_forward_is_called_is_told_with_both_values(
         "time steps 2-3, state[0, 1] after it: 8 by one call of forward, 8.5 by two, "
         "but should be the same however forward is called"
     ]
+
+
+def test_a_sequence_that_moves_another_is_told_with_both() -> None:
+    (mixing,) = BREAKING[no_sequence_looks_at_another].expected.mixed  # type: ignore[union-attr, misc]
+
+    assert said(no_sequence_looks_at_another, with_due(LINK, mixed=(mixing,))) == [
+        "time steps 2-3, prediction[0, 1] of sequence 1: 8 once sequence 0 is fed something else, "
+        "but should be 9 as before"
+    ]
+
+
+def test_sequences_that_may_look_at_each_other_are_not_judged() -> None:
+    assert missing(no_sequence_looks_at_another, with_due(LINK, mixed=None)) == (
+        "two sequences in the first chunk, and no statistics over the batch"
+    )
 
 
 def test_a_forward_that_need_not_be_the_same_in_two_parts_is_not_judged() -> None:

@@ -1153,6 +1153,163 @@ def test_what_legitimately_depends_on_the_cut_is_not_run_in_two_parts() -> None:
     assert due(whole, chunk(whole, state=carried())).in_two is None
 
 
+# Sequences beside each other -----------------------------------------------------------------
+
+
+class Shaped(Model):
+    """Changes what goes into the core and what comes out of it."""
+
+    def __init__(self, before: Any, after: Any, core: Any = None) -> None:
+        made = core or nn.RNN(CASE.inputs, CASE.hidden, batch_first=True)
+        super().__init__(made, nn.Linear(CASE.hidden, CASE.outputs))
+        self.before, self.after = before, after
+
+    def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        prediction, state = super().forward(self.before(x), state)
+        return self.after(prediction), state
+
+
+def as_is(x: Tensor) -> Tensor:
+    return x
+
+
+def swapped(x: Tensor) -> Tensor:
+    return x.transpose(0, 1)
+
+
+def flattened(x: Tensor) -> Tensor:
+    return x.flatten(0, 1)
+
+
+def last(x: Tensor) -> Tensor:
+    return x[:, -1]
+
+
+def backwards(x: Tensor) -> Tensor:
+    return x.flip(0)
+
+
+def largest_first(x: Tensor) -> Tensor:
+    return x / x.abs().max()
+
+
+def centred(x: Tensor) -> Tensor:
+    return (x - x.mean(0)).relu()
+
+
+def mixed(module: nn.Module, case: tb.Case = CASE, **changes: Any) -> Any:
+    """Return what is found of sequences that look at each other."""
+
+    def loss(prediction: Tensor, target: Tensor) -> Tensor:
+        return prediction.square().mean()
+
+    found = due(module, replace(chunk(module, case), **changes), loss).mixed
+    return found if found is None else [(mixing.sequence, mixing.by) for mixing in found]
+
+
+SQUARE = replace(CASE, batch=5)  # as many sequences as time steps
+
+
+@pytest.mark.parametrize("case", [CASE, SQUARE, replace(CASE, batch=2, steps=1)])
+@pytest.mark.parametrize("after", [as_is, flattened, last])
+@pytest.mark.parametrize("core", [nn.RNN, nn.GRU, nn.LSTM])
+def test_sequences_that_are_run_beside_each_other_move_nothing_in_each_other(
+    core: Any, after: Any, case: tb.Case
+) -> None:
+    made = core(case.inputs, case.hidden, batch_first=True, num_layers=2, dropout=0.5)
+
+    assert mixed(grown(Shaped(as_is, after, made)), case) == []
+
+
+@pytest.mark.parametrize("case", [CASE, SQUARE, replace(CASE, batch=2, steps=1)])
+@pytest.mark.parametrize("after", [as_is, flattened, last])
+def test_a_core_that_takes_sequences_for_time_steps_moves_those_that_follow(
+    after: Any, case: tb.Case
+) -> None:
+    module = grown(Shaped(as_is, after, nn.RNN(CASE.inputs, CASE.hidden)))
+
+    assert mixed(module, case) == [(1, 0)]
+
+
+def test_a_core_that_runs_along_the_batch_from_its_end_moves_those_before() -> None:
+    module = grown(Shaped(backwards, backwards, nn.RNN(CASE.inputs, CASE.hidden)))
+
+    assert mixed(module) == [(0, CASE.batch - 1)]
+
+
+def test_sequences_are_named_by_their_rows_in_the_batch() -> None:
+    module = grown(Shaped(as_is, as_is, nn.RNN(CASE.inputs, CASE.hidden)))
+
+    assert mixed(module, lanes=(4, 2, 7)) == [(2, 4)]
+
+
+@pytest.mark.parametrize("before", [largest_first, centred, nn.BatchNorm1d(CASE.steps)])
+def test_what_takes_statistics_over_the_batch_may_look_at_all_of_it(before: Any) -> None:
+    assert mixed(grown(Shaped(before, as_is))) is None
+
+
+@pytest.mark.parametrize("case", [CASE, SQUARE])
+def test_a_prediction_that_lies_otherwise_than_its_inputs_is_not_blamed(case: tb.Case) -> None:
+    assert mixed(grown(Shaped(as_is, swapped)), case) is None
+    assert mixed(grown(Shaped(as_is, lambda x: swapped(x).flatten(0, 1))), case) is None
+
+
+def test_time_may_come_first() -> None:
+    seen = chunk(model(), CASE)
+    assert seen.given is not None
+    ((x, _),) = CASE.tensors()
+    calls = (Call(swapped(x), None, ((), {})),)
+    places = tuple((b, t) for t in range(CASE.steps) for b in range(CASE.batch))
+    right = grown(Shaped(as_is, as_is, nn.RNN(CASE.inputs, CASE.hidden)))
+    wrong = model()
+
+    for module, found in ((right, []), (wrong, [(1, 0)])):
+        given = replace(chunk(module).given, calls=calls)  # type: ignore[type-var]
+        assert mixed(module, given=given, inputs=places) == found
+
+
+def test_token_ids_stay_what_may_be_ids() -> None:
+    class Tokens(Model):
+        def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+            return super().forward(embedding[x], state)
+
+    embedding = normal(7, CASE.inputs)
+    ids = torch.randint(7, (CASE.batch, CASE.steps), generator=torch.Generator().manual_seed(0))
+    for made, found in ((model().core, []), (nn.RNN(CASE.inputs, CASE.hidden), [(1, 0)])):
+        module = grown(Tokens(made, nn.Linear(CASE.hidden, CASE.outputs)))
+        given = replace(chunk(module).given, calls=(Call(ids, None, ((), {})),))  # type: ignore[type-var]
+        assert mixed(module, given=given) == found
+
+
+def drawn_as_it_comes(x: Tensor) -> Tensor:
+    return x + torch.poisson(x.abs() * 50)
+
+
+def as_long_as_the_longest(x: Tensor) -> Tensor:
+    return x[:, : 1 + int((x.abs() < 3).all(dim=2).sum(dim=1).max())]
+
+
+def picky(x: Tensor) -> Tensor:
+    assert float(x.abs().max()) < 5
+    return x
+
+
+@pytest.mark.parametrize("before", [drawn_as_it_comes, as_long_as_the_longest, picky])
+def test_a_forward_that_goes_by_what_it_is_fed_is_not_judged(before: Any) -> None:
+    assert mixed(grown(Shaped(before, last))) in (None, [])
+
+
+def test_one_sequence_has_no_other_to_look_at() -> None:
+    assert mixed(model(), replace(CASE, batch=1)) is None
+
+
+def test_what_is_not_asked_for_is_not_run() -> None:
+    module = model()
+    seen = chunk(module)
+
+    assert rederive(tb.Subject(module, loss=mse_loss), seen, mixing=False).mixed is None
+
+
 # What can not be rederived -------------------------------------------------------------------
 
 
