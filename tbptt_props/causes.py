@@ -662,6 +662,14 @@ def the_seed_is_set_in_the_loop(seen: Evidence) -> bool:
     return RANDOM in seen.broken
 
 
+def validation_leaves_its_traces(seen: Evidence) -> bool:
+    """A validation in mid-epoch changes what training goes on from: a state kept on the module.
+
+    Try: reset the state at the start of each batch, or put it aside for as long as validation runs
+    """
+    return seen.trace.validated
+
+
 def eval_mode_is_left_on(seen: Evidence) -> bool:
     """The module was put in eval mode and never back.
 
@@ -997,4 +1005,5 @@ FINGERPRINTS: tuple[Group, ...] = (
     ((BATCH,), (the_batch_is_overwritten,)),
     ((RANDOM,), (the_seed_is_set_in_the_loop,)),
     ((MODE,), (eval_mode_is_left_on,)),
+    ((CROSSES, AFRESH, ORDER, GRADIENTS, MODE), (validation_leaves_its_traces,)),
 )

@@ -26,7 +26,7 @@ from tbptt_props.subject import (
     require,
 )
 from tbptt_props.trace import Chunk, Halt, Rerun, Span, Trace
-from tbptt_props.train import train
+from tbptt_props.train import train, validates
 from tbptt_props.watch import Watch
 
 _Result = TypeVar("_Result")
@@ -93,7 +93,8 @@ def run(fresh: Fresh, case: Case, hand_on: Callable[[Chunk], None]) -> Trace:
     marks.watch(watch)
     with watch.on():
         copies = [batch.copied().whole for batch in batches]
-        error = watch.watchdog.over(lambda: train(subject, copies, watch))
+        validation = _validation(subject, case, batches)
+        error = watch.watchdog.over(lambda: train(subject, copies, watch, validation=validation))
         halt = _halt(error, watch)
         error = None  # its traceback holds the loop's frames, and with them its graphs
         watch.finished()
@@ -115,8 +116,20 @@ def run(fresh: Fresh, case: Case, hand_on: Callable[[Chunk], None]) -> Trace:
         counted=watch.lightning_updates() if watch.lightning_updates else None,
         changed=tuple(watch.changed),
         diverged=next(iter(diverged), ""),
+        validated=bool(validation),
     )
     return trace if halt else _with_reruns(trace, anew, batches, marks, watch)
+
+
+def _validation(subject: Subject, case: Case, batches: Sequence[Batch]) -> list[Any]:
+    """Return what to validate on before the last batch: in every second case, that batch itself.
+
+    In the others nothing is, so that it can be told what is its doing.
+    """
+    asked = subject.validates and subject.train is None and validates(subject.module)
+    if not asked or len(batches) < 2 or case.seed & 2:
+        return []
+    return [batches[-1].copied().whole]
 
 
 def made_ready(fresh: Fresh) -> Subject:

@@ -60,6 +60,8 @@ class Subject:
         outputs: returns `(prediction, state)` of what forward returns, where that is no pair:
             `lambda out: (out["logits"], out["past"])`.
         train: `train(module, batches)` trains a module that is no LightningModule.
+        validates: whether Lightning validates the module, if it has a `validation_step`, before the
+            last batch of every second case, on a copy of that batch: training must not notice.
         around: a context manager that is entered around each training, with the subject.
         disturbed: changes each batch before the loop gets it, which the judge does not see. Like
             `around`, it is there to break a loop on purpose.
@@ -79,6 +81,7 @@ class Subject:
     parts: Parts | None = field(default=None, kw_only=True)
     outputs: Callable[[Any], tuple[Tensor, Any]] | None = field(default=None, kw_only=True)
     train: Callable[[Any, Batches], object] | None = field(default=None, kw_only=True)
+    validates: bool = field(default=True, kw_only=True)
     around: Callable[[Subject], AbstractContextManager[object]] | None = field(
         default=None, kw_only=True
     )

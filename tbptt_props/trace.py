@@ -305,6 +305,7 @@ class Trace:
     updates: int = 0  # how many there were
     counted: int | None = None  # how many Lightning counted; None: not trained by Lightning
     changed: tuple[tuple[int, Difference], ...] = ()  # entries of the caller's batches
+    validated: bool = False  # before the last batch
     diverged: str = ""  # which numbers were the first that are not finite, if any
     one_chunk: Rerun = Rerun("", missing="training that reaches the end")
     resumed: Rerun = Rerun("", missing="training that reaches the end")

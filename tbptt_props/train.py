@@ -19,28 +19,42 @@ from tbptt_props.batch import Batch
 from tbptt_props.forward import Forward
 from tbptt_props.places import locate
 from tbptt_props.process import Hung
-from tbptt_props.subject import Batches, ObservationError, Subject
+from tbptt_props.subject import Batches, ObservationError, Subject, WiringError
 from tbptt_props.watch import Training, Watching
 
 
 def train(
-    subject: Subject, batches: Batches, watch: Watching, *, skip: int = 0
+    subject: Subject,
+    batches: Batches,
+    watch: Watching,
+    *,
+    skip: int = 0,
+    validation: Batches = (),
 ) -> BaseException | None:
-    """Train the subject's module on the batches from number `skip` on."""
+    """Train the subject's module on the batches from number `skip` on.
+
+    Before the last batch, Lightning validates on the batches for `validation`, if there are any.
+    """
     if subject.disturbed is not None:
         batches = [subject.disturbed(batch) for batch in batches]
     with subject.around(subject) if subject.around else nullcontext():
-        return _trained(subject, batches, watch, skip)
+        return _trained(subject, batches, watch, skip, validation)
+
+
+def validates(module: object) -> bool:
+    """Tell whether a module says how it is validated by Lightning."""
+    own = getattr(type(module), "validation_step", None)
+    return isinstance(module, pl.LightningModule) and own is not pl.LightningModule.validation_step
 
 
 def _trained(
-    subject: Subject, batches: Batches, watch: Watching, skip: int
+    subject: Subject, batches: Batches, watch: Watching, skip: int, validation: Batches
 ) -> BaseException | None:
     module = subject.module
     if subject.train is not None:
         return _with_function(subject, subject.train, batches, watch, skip)
     if isinstance(module, pl.LightningModule):
-        return _with_lightning(module, batches, watch, skip)
+        return _with_lightning(module, batches, watch, skip, validation)
     raise ObservationError(
         f"{type(module).__name__} is no LightningModule: say how it is trained with "
         "Subject(..., train=...), a function of the module and its batches"
@@ -51,18 +65,25 @@ def _trained(
 
 
 def _with_lightning(
-    module: pl.LightningModule, batches: Batches, watch: Watching, skip: int
+    module: pl.LightningModule,
+    batches: Batches,
+    watch: Watching,
+    skip: int,
+    validation: Batches,
 ) -> BaseException | None:
+    teller = _Teller(watch, skip, validates_after=len(batches) - 2 if validation else -1)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,
         max_epochs=1,
         logger=DummyLogger(),
-        callbacks=[_Teller(watch, skip)],
+        callbacks=[teller],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        limit_val_batches=0,
+        limit_val_batches=len(validation),
+        val_check_interval=1,
+        inference_mode=False,  # in which torch would refuse a state left by validation, not we
         num_sanity_val_steps=0,
     )
     original = module.training_step
@@ -79,12 +100,15 @@ def _with_lightning(
 
     module.training_step = training_step  # type: ignore[method-assign]
     try:
-        trainer.fit(module, _Loader(batches))
+        trainer.fit(module, _Loader(batches), _Loader(validation) if validation else None)
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns one into the other
             raise error.__context__ from None
         return error
     except (Exception, Hung) as error:
+        if teller.validating and isinstance(error, Exception):
+            # It may need other batches than those for training: then it is nobody's mistake.
+            raise WiringError(f"validation raised {error}", {"validates": False}) from error
         return error
     finally:
         vars(module).pop("training_step", None)
@@ -109,14 +133,24 @@ class _Loader:
 class _Teller(pl.Callback):
     """Tells of what goes through Lightning."""
 
-    def __init__(self, watch: Watching, skip: int) -> None:
+    def __init__(self, watch: Watching, skip: int, *, validates_after: int) -> None:
         self.watch = watch
         self.skip = skip
+        self.validates_after = validates_after  # the index of a batch
+        self.validating = False
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.validating = True
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.validating = False
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *of_batch: Any
     ) -> None:
         index = of_batch[-1]
+        # Not after the last batch: what validation does there is of no more use to training.
+        trainer.limit_val_batches = int(index == self.validates_after)
         if index >= self.skip:  # by now Lightning, too, has made what updates it makes by itself
             self.watch.batch_ended(index)
 

@@ -136,6 +136,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(faults_state.KeepsStateAcrossBatches, ("two batches",)),
     Fault(faults_state.KeepsStateAcrossEqualBatches, ("two batches", "batches of one size")),
     Fault(faults_state.OverwritesTheInitialState, ("two batches", "batches of one size")),
+    Fault(faults_state.LeavesTheStateToValidation, ("two batches",)),
     Fault(faults_state.RefreshesState, ("two chunks",)),
     Fault(faults_state.AdvancesStateTwice, ("two chunks",)),
     Fault(faults_state.ScalesState, ("two chunks",)),

@@ -258,6 +258,24 @@ class OverwritesTheInitialState(TruncatedRNN):
         return loss, state
 
 
+class LeavesTheStateToValidation(TruncatedRNN):
+    """Resets the state when a batch is over: a validation before the next one leaves its own."""
+
+    hidden: State = None
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        super().training_step(batch, batch_idx)
+        self.hidden = None
+
+    def train_chunk(self, x: Tensor, y: Tensor, state: State) -> tuple[Tensor, State]:
+        loss, self.hidden = super().train_chunk(x, y, self.hidden)
+        return loss, self.hidden
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        for x, _ in self.chunks(*batch):
+            _, self.hidden = self(x, self.hidden)
+
+
 class RefreshesState(TruncatedRNN):
     """Computes the state anew after the update, with parameters the chunk was not run with."""
 

@@ -40,6 +40,7 @@ CAUSES = {
     "KeepsStateAcrossBatches": "state_outlives_its_batch",
     "KeepsStateAcrossEqualBatches": "state_outlives_its_batch",
     "OverwritesTheInitialState": "state_outlives_its_batch",
+    "LeavesTheStateToValidation": "validation_leaves_its_traces",
     "RefreshesState": "state_is_changed_on_the_way",
     "AdvancesStateTwice": "state_is_changed_on_the_way",
     "ScalesState": "state_is_scaled",

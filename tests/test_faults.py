@@ -55,6 +55,7 @@ BREAKS = {
     "KeepsStateAcrossBatches": {AFRESH, ALONE},
     "KeepsStateAcrossEqualBatches": {AFRESH, ALONE},
     "OverwritesTheInitialState": {AFRESH, ALONE},
+    "LeavesTheStateToValidation": {ALONE},
     "RefreshesState": {CROSSES, RESUMED},
     "AdvancesStateTwice": {CROSSES, RESUMED},
     "ScalesState": {CROSSES, RESUMED},

@@ -25,7 +25,7 @@ from tbptt_ref.module import TruncatedRNN
 
 pytestmark = [
     # Lightning: its loader of a list needs no workers, and its torch is newer than it knows.
-    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:The '(train|val)_dataloader' does not have many workers"),
     pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated"),
 ]
 
@@ -183,9 +183,11 @@ def fit(fault: Fault, problem: Problem) -> Seen:
     module.register_forward_hook(watch.note_graph)
     torch.manual_seed(0)  # dropout has no generator of its own
     trainer = quiet_trainer(watch)
+    validates = fault.module.validation_step is not LightningModule.validation_step
+    validation: Any = DataLoader(batches[:1], batch_size=None) if validates else None  # type: ignore[arg-type]
     stopped = ""
     try:
-        trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+        trainer.fit(module, DataLoader(batches, batch_size=None), validation)  # type: ignore[arg-type]
     except Warning:
         raise  # one of pytest's errors, not one of the fault's
     except Exception as error:
@@ -216,6 +218,9 @@ def quiet_trainer(callback: Callback) -> Trainer:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        num_sanity_val_steps=0,
+        val_check_interval=1,
+        inference_mode=False,
         callbacks=[callback],
     )
 
@@ -307,7 +312,7 @@ def test_a_fault_overrides_seams_of_the_reference_and_little_else(fault: Fault) 
     overridden = {name for name, value in vars(fault.module).items() if inspect.isfunction(value)}
 
     assert overridden & SEAMS
-    assert overridden <= SEAMS | {"update"}
+    assert overridden <= SEAMS | {"update", "validation_step"}
 
 
 def test_every_fault_has_a_name_and_a_mistake_of_its_own() -> None:
