@@ -380,6 +380,12 @@ class _GoingOn:
         for name, part in self.module.named_modules():
             vars(part).update(self.left.attributes.get(name, {}))
 
+    def _set_rates(self) -> None:
+        """Set learning rates and the like to what they were when the call came."""
+        for optimizer, memory in zip(self.training.optimizers, self.left.memory, strict=True):
+            for group, then in zip(optimizer.param_groups, memory["param_groups"], strict=True):
+                group.update({name: value for name, value in then.items() if name != "params"})
+
     def _starts(self, arguments: Arguments) -> bool:
         """Tell whether a call is the first one, or a closure's repetition of it."""
         if not self.left.start:
@@ -389,6 +395,7 @@ class _GoingOn:
             self.layout = _layout(arguments.x)
             if self.left.thorough:
                 self._set_attributes()
+                self._set_rates()
             self.entered = {path: leaf.detach().clone() for path, leaf in handed.items()}
             set_randomness(self.left.randomness)
         again = handed.keys() == self.entered.keys() and all(
@@ -432,7 +439,8 @@ def one_chunk(
     chunk = watch.first
     if chunk is None or chunk.given is None or chunk.outcome is None or chunk.span is None:
         return Rerun(where, missing="no chunk of the batch's own was observed")
-    rules = watch.initial_rules or list(chunk.outcome.rules)
+    made = chunk.outcome.rules
+    rules = [_as_set(rule, made) for rule in watch.initial_rules] or list(made)
     if watch.by_hand:
         return Rerun(where, missing="an optimizer of torch's: updates are made by hand")
     if not rules:
@@ -451,6 +459,12 @@ def one_chunk(
     # Of an optimizer that is not known from outside, no memory is known at the end either.
     known = second if watch.training.optimizers else replace(second, memory={})
     return Rerun(where, first, known)
+
+
+def _as_set(rule: Rule, made: Sequence[Rule]) -> Rule:
+    """Return an optimizer's rule with the settings of its first update: a loop may set the rate."""
+    own = next((other for other in made if other.optimizer is rule.optimizer), rule)
+    return replace(rule, groups=own.groups)
 
 
 def _is_one_chunk(watch: Watch) -> bool:

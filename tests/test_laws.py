@@ -176,8 +176,20 @@ class CountsBatches(TruncatedRNN):
         return prediction + self.mean / self.seen, state
 
 
+class CountsChunks(TruncatedRNN):
+    """Counts a chunk when it begins, and sets the learning rate by that."""
+
+    chunks_seen = 0
+
+    def train_chunk(self, x: Tensor, y: Tensor, state: State) -> tuple[Tensor, State]:
+        self.chunks_seen += 1
+        for group in self.optimizers().param_groups:  # type: ignore[union-attr]
+            group["lr"] = 0.1 / self.chunks_seen
+        return super().train_chunk(x, y, state)
+
+
 @on_each_case
-@pytest.mark.parametrize("kind", [LearnsItsStart, HandsItsStart, CountsBatches])
+@pytest.mark.parametrize("kind", [LearnsItsStart, HandsItsStart, CountsBatches, CountsChunks])
 def test_what_a_module_has_besides_is_handed_on_from_run_to_run(
     kind: type[TruncatedRNN], case: tb.Case
 ) -> None:
