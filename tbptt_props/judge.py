@@ -19,7 +19,14 @@ from tbptt_props.causes import causes_of, likeliest
 from tbptt_props.contract import Contract
 from tbptt_props.evidence import Looking
 from tbptt_props.observation import Fresh, batches_of, made_ready, observing, rewired, run
-from tbptt_props.properties import OF_LINKS, OF_RUNS, PROPERTIES, LinkProperty, RunProperty
+from tbptt_props.properties import (
+    OF_LINKS,
+    OF_RUNS,
+    PROPERTIES,
+    LinkProperty,
+    RunProperty,
+    line_of,
+)
 from tbptt_props.rederivation import rederive
 from tbptt_props.report import Report, Verdict
 from tbptt_props.sensitivity import Change, Proof, proofs
@@ -98,7 +105,7 @@ def _judge(
             unclear = _not_finite(link)
             for p in of_links:
                 findings = judged[p.__name__]
-                findings.set_aside(unclear) if unclear else findings.add(p(link))
+                findings.set_aside(unclear) if unclear else findings.add(_placed(p, link))
             looking.at(link, alone=len(plans) == len(plans[0]) == 1)
             before[:] = [chunk.light()]
 
@@ -109,6 +116,15 @@ def _judge(
     causes = causes_of(looking.evidence(trace, broken, _longest(twin.contract, case, plans)))
     verdicts = tuple(judged[p.__name__].verdict(p, case, causes) for p in properties)
     return Report(name, verdicts, trace=trace)
+
+
+def _placed(judged: LinkProperty, link: Link) -> Iterator[Finding]:
+    """Yield what a property finds of a link, with the user's line to look at."""
+    for finding in judged(link):
+        if isinstance(finding, Violation):
+            yield replace(finding, line=line_of(judged, link.chunk))
+        else:
+            yield finding
 
 
 def _longest(contract: Contract, case: Case, plans: Sequence[Sequence[Span]]) -> int:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +14,7 @@ import torch
 from tbptt_props import laws
 from tbptt_props.batch import Batch, Parts
 from tbptt_props.case import Case
+from tbptt_props.lines import is_the_users, shown
 from tbptt_props.process import Hung, undisturbed
 from tbptt_props.state import leaves
 from tbptt_props.subject import (
@@ -281,21 +280,7 @@ def _first_sentence(text: str) -> str:
 def _line(error: BaseException) -> str:
     """Name the user's own line in which the error came up: neither a library's nor ours."""
     tb = traceback.extract_tb(error.__traceback__)
-    frames = [frame for frame in tb if _is_the_users(frame.filename)]
+    frames = [frame for frame in tb if is_the_users(frame.filename)]
     if not frames:
         return ""
-    path, here = Path(frames[-1].filename), Path.cwd()
-    shown = path.relative_to(here) if path.is_relative_to(here) else path
-    return f"{shown}:{frames[-1].lineno}   {frames[-1].line}"
-
-
-def _is_the_users(file: str) -> bool:
-    """Tell whether a file is neither of a library, installed or Python's own, nor of ours."""
-    path = Path(file)
-    installed = {"site-packages", "dist-packages"} & set(path.parts)
-    ours = path.is_relative_to(Path(__file__).parent)
-    pythons = any(path.resolve().is_relative_to(library) for library in _PYTHONS)
-    return not (installed or ours or pythons or file.startswith("<frozen "))
-
-
-_PYTHONS = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib")}
+    return shown((frames[-1].filename, frames[-1].lineno or 0), frames[-1].line)

@@ -26,12 +26,14 @@ from tbptt_props.compare import (
     same_leaves,
     worst,
 )
+from tbptt_props.lines import shown
 from tbptt_props.state import leaves
 from tbptt_props.trace import (
     Chunk,
     Difference,
     Finding,
     Given,
+    Kind,
     Link,
     NotJudged,
     Outcome,
@@ -694,6 +696,32 @@ def _first(differences: Iterator[Difference]) -> Iterator[Difference]:
     for found in differences:
         yield found
         return
+
+
+# Where to look if a chunk breaks a property: at the first of these events whose line is known.
+AT: dict[LinkProperty, tuple[Kind, ...]] = {
+    state_crosses_every_boundary: ("forward",),
+    state_starts_afresh_with_each_batch: ("forward",),
+    graph_crosses_no_boundary: ("forward",),
+    loss_is_the_chunks_own: ("backward",),
+    gradients_are_the_chunks_own: ("backward",),
+    gradients_span_the_whole_chunk: ("forward",),
+    state_sums_up_the_chunk: ("forward",),
+    no_sequence_looks_at_another: ("forward",),
+    events_come_in_a_legal_order: ("backward",),
+    each_chunk_updates_once: ("update", "backward"),
+    the_update_follows_the_optimizers_rule: ("update",),
+    backward_goes_through_manual_backward: ("backward",),
+    chunks_are_trained_in_training_mode: ("forward",),
+    each_chunk_draws_its_own_randomness: ("forward",),
+}
+
+
+def line_of(judged: LinkProperty, chunk: Chunk) -> str:
+    """Return the line of the user's source to look at where a chunk breaks a property, or ''."""
+    known = chunk.outcome.lines if chunk.outcome else {}
+    line = next((known[kind] for kind in AT.get(judged, ()) if kind in known), None)
+    return "" if line is None else shown(line)
 
 
 OF_RUNS: tuple[RunProperty, ...] = (

@@ -177,6 +177,9 @@ def _failure_lines(report: Report, verdict: Verdict) -> Iterator[str]:
     if more > 0:
         yield f"  and {more} more of the kind"
     yield ""
+    at = next((violation.line for violation in verdict.violations if violation.line), "")
+    if at:
+        yield _one_line(f"  at                {at}")
     yield from _wrapped(repr(verdict.case), first="  smallest case     ")
     yield from _cause_lines(verdict.causes)
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from tbptt_props.contract import Contract
+from tbptt_props.lines import Line
 
 Tensors = Mapping[str, Tensor]
 Place = tuple[int, int]  # (sequence, time step) within a batch
@@ -26,6 +27,7 @@ class Violation:
     where: str
     found: str
     due: str
+    line: str = field(default="", compare=False)  # of the user's source, if one is known
 
     def __str__(self) -> str:
         """Say it in the one grammar all messages share."""
@@ -149,6 +151,7 @@ class Outcome:
     standing: Tensors = field(default_factory=dict)  # gradients of chunks that share the update
     left: Tensors = field(default_factory=dict)  # those and this chunk's, as backward left them
     returned: bool = False  # gradients were handed back to the loop, which left them nowhere
+    lines: Mapping[Kind, Line] = field(default_factory=dict)  # of the user's, on which each came
     idle: str = ""  # why an update by hand may have been made, and could not be seen
 
     @property

@@ -34,6 +34,7 @@ from tbptt_props.byhand import BY_HAND, Rate
 from tbptt_props.compare import difference, same, scaling
 from tbptt_props.forward import Arguments, Forward
 from tbptt_props.graph import any_within, nodes_behind, numbers_behind, sequence_number
+from tbptt_props.lines import Line, users_line
 from tbptt_props.places import lanes_of, locate, span_of, time_first
 from tbptt_props.process import Hung, Watchdog, randomness
 from tbptt_props.state import leaves, value_of
@@ -109,6 +110,7 @@ class _LiveCall:
     cotangent: Tensor | None = None
     feeding: frozenset[str] = frozenset()  # parameters from which the incoming state is made
     hands_on_a_graph: bool = False  # the state it returned has one
+    line: Line | None = None  # of the user's, that called it
     interrupted: bool = False  # an update came after it and before its backward
     step: object | None = None  # the optimizer step inside which it ran, if any
 
@@ -152,6 +154,7 @@ class _LiveChunk:
     left: Tensors = field(default_factory=dict)
     returned: bool = False
     idle: str = ""
+    lines: dict[Kind, Line] = field(default_factory=dict)
 
 
 class Watch:
@@ -417,6 +420,7 @@ class Watch:
             attached=oldest,
             feeding=self._feeding([leaf for leaf in leaves(state).values() if leaf.requires_grad]),
             step=self.steps[-1][0] if self.steps else None,
+            line=users_line(),
         )
 
     def _feeding(self, state: list[Tensor]) -> frozenset[str]:
@@ -518,6 +522,7 @@ class Watch:
                 chunk.loss += sum(float(root.detach()) for root in roots)
                 self._take_gradients(chunk, {n: g for n, g in caught.items() if self._moved(n)})
                 chunk.complete = True
+            _note_line(chunk, "backward", users_line())
             chunk.events.append("backward")
             self._note_update_by_hand()  # a hook may have made it in the midst of backward
         return result
@@ -710,6 +715,7 @@ class Watch:
             moved=followed,
             states=[calls[-1].call.state_after],
         )
+        _note_line(chunk, "forward", calls[0].line)
         if self.subject.contract.adds_up and not self._opens():
             chunk.standing = {n: g for n, g in self._gradients(handed=None).items() if g.any()}
             chunk.dirty = ()
@@ -855,6 +861,8 @@ class Watch:
             self.early.append((optimizer, rule))
             return
         chunk.events.append("update")
+        if optimizer is not BY_HAND:  # which is noticed only later
+            _note_line(chunk, "update", users_line())
         chunk.rules.append(rule)
         chunk.updated_by.append(id(optimizer))
         chunk.moved.extend(self.moves)
@@ -994,6 +1002,7 @@ class Watch:
                 left=live.left,
                 returned=live.returned,
                 idle=live.idle,
+                lines=live.lines,
             ),
             starts_batch=live.starts_batch,
             evaluations=live.evaluations,
@@ -1126,6 +1135,12 @@ def _pieces(calls: list[_LiveCall]) -> tuple[Span, ...]:
         else:
             pieces.append(span)
     return tuple(pieces)
+
+
+def _note_line(chunk: _LiveChunk, kind: Kind, line: Line | None) -> None:
+    """Note the first line of a kind; of updates the last, for it is the one too many."""
+    if line is not None and (kind == "update" or kind not in chunk.lines):
+        chunk.lines[kind] = line
 
 
 def _named(chunk: _LiveChunk) -> str:
