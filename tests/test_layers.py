@@ -157,7 +157,6 @@ ONLY: dict[str, set[str]] = {
     "hypothesis": {"tbptt_props.judge", "tbptt_props.strategies", "tbptt_props.suite"},
     "pytest": {
         "tbptt_props.ledger",
-    "tbptt_props.lines",
         "tbptt_props.options",
         "tbptt_props.plugin",
         "tbptt_props.suite",

@@ -22,7 +22,8 @@ from tbptt_ref.module import TruncatedRNN
 ROOT = Path(__file__).parent.parent
 SIZES = {"batch": 1, "steps": 3, "chunk": 2, "inputs": 1, "hidden": 1, "outputs": 1, "batches": 2}
 FIXED = [part for size, value in SIZES.items() for part in (f"--{size}", str(value))]
-BROKEN = """\
+AT = "loss.backward()  # type: ignore[no-untyped-call]"  # as the broken loop has it
+BROKEN = f"""\
 test_main:wrong: 2 cases
   holds       training_reaches_the_end
   holds       chunks_tile_the_sequence
@@ -40,6 +41,8 @@ test_main:wrong: 2 cases
   holds       gradients_are_the_chunks_own
   holds       gradients_span_the_whole_chunk
   holds       state_sums_up_the_chunk
+  not judged  no_sequence_looks_at_another
+              needs two sequences in the first chunk, and no statistics over the batch
   holds       events_come_in_a_legal_order
   holds       each_chunk_updates_once
   holds       the_update_follows_the_optimizers_rule
@@ -59,12 +62,13 @@ self.manual_backward(loss)
   batch 1, time steps 2-2, backward: called past Lightning, but should be \
 self.manual_backward(loss)
 
+  at                {AT}
   smallest case     Case(steps=3, chunk=2, batches=2)
   likely cause      Backward is called on the loss itself, past Lightning's precision and strategy
   try               self.manual_backward(loss) in place of loss.backward()
   replay            tbptt-props replay test_main:wrong 'Case(steps=3, chunk=2, batches=2)'
 
-20 hold, 1 broken, 2 not judged
+20 hold, 1 broken, 3 not judged
 """
 
 built: list[tb.Case] = []
@@ -119,6 +123,11 @@ def automatic(case: tb.Case) -> tb.Subject:
     return tb.Subject(Automatic(), loss=mse_loss)
 
 
+def without_place(text: str) -> str:
+    """Leave out where the broken loop stands, which depends on the directory."""
+    return re.sub(r"(?m)^(  at +)\S+:\d+   ", r"\1", text)
+
+
 def check(name: str, *options: str, examples: int = 2) -> int:
     return main(["check", f"{__name__}:{name}", "--max-examples", str(examples), *options])
 
@@ -128,7 +137,7 @@ def test_a_loop_that_is_right_ends_in_0(capsys: pytest.CaptureFixture[str]) -> N
 
     told = capsys.readouterr()
     assert told.out.splitlines()[0] == "test_main:right: 2 cases"
-    assert told.out.splitlines()[-1] == "21 hold, 0 broken, 2 not judged"
+    assert told.out.splitlines()[-1] == "21 hold, 0 broken, 3 not judged"
     assert told.err == ""
 
 
@@ -138,7 +147,7 @@ def test_a_loop_that_is_wrong_ends_in_1_and_is_told_what_it_breaks(
     assert check("wrong", *FIXED) == 1
 
     told = capsys.readouterr()
-    assert told.out == BROKEN
+    assert without_place(told.out) == BROKEN
     assert told.err == ""
 
 
@@ -253,9 +262,9 @@ def test_a_failure_is_replayed_by_the_command_that_it_names(
     told = capsys.readouterr().out
     first, _, failure = told.partition("\n\n")
     assert first == (
-        "still broken on Case(steps=3, chunk=2, batches=2): 20 hold, 1 broken, 2 not judged"
+        "still broken on Case(steps=3, chunk=2, batches=2): 20 hold, 1 broken, 3 not judged"
     )
-    assert failure == BROKEN[BROKEN.index("\n\n") + 2 : BROKEN.index("  replay")]
+    assert without_place(failure) == BROKEN[BROKEN.index("\n\n") + 2 : BROKEN.index("  replay")]
 
 
 def test_a_loop_that_was_mended_is_said_to_be_fixed_on_the_case_which_alone_is_trained_on(
@@ -265,7 +274,7 @@ def test_a_loop_that_was_mended_is_said_to_be_fixed_on_the_case_which_alone_is_t
 
     told = capsys.readouterr()
     assert told.out == (
-        "fixed on Case(steps=3, chunk=2, batches=2): 21 hold, 0 broken, 2 not judged\n"
+        "fixed on Case(steps=3, chunk=2, batches=2): 21 hold, 0 broken, 3 not judged\n"
     )
     assert set(built) == {tb.Case(steps=3, chunk=2, batches=2)}
 
@@ -359,4 +368,4 @@ def test_the_package_runs_as_a_command_on_a_module_where_it_is_called(tmp_path: 
         check=False,
     )
 
-    assert (run.returncode, run.stdout, run.stderr) == (1, BROKEN, "")
+    assert (run.returncode, without_place(run.stdout), run.stderr) == (1, BROKEN, "")
