@@ -108,7 +108,7 @@ def test_each_test_of_a_file_judges_its_own_loop_and_fails_in_what_it_breaks(
     pytester: pytest.Pytester,
 ) -> None:
     fixed = """
-        sizes = {"steps": 5, "chunk": 2, "batches": 2}
+        sizes = {"batch": 2, "steps": 5, "chunk": 2, "batches": 2}
 
         @tb.conformance(max_examples=2, **sizes)
         def test_right(case):
@@ -141,13 +141,15 @@ def test_a_failure_says_claim_place_found_due_and_case(pytester: pytest.Pytester
     told = [line.removeprefix("E").strip() for line in result.outlines if line.startswith("E ")]
     start = next(i for i, line in enumerate(told) if line.endswith("broken for test_wrong"))
     past = "backward: called past Lightning, but should be self.manual_backward(loss)"
-    assert re.sub(" {2,}", "  ", "\n".join(told[start : start + 7])) == (
+    said = re.sub(" {2,}", "  ", "\n".join(told[start : start + 8]))
+    assert re.sub(r"\nat  \S+:\d+  ", "\nat  ", said) == (
         "backward_goes_through_manual_backward  broken for test_wrong\n"
         "Every backward goes through Lightning, which scales and synchronises it where needed.\n"
         "\n"
         f"time steps 0-0, {past}\n"
         f"time steps 1-1, {past}\n"
         "\n"
+        "at  loss.backward()  # type: ignore[no-untyped-call]\n"
         f"smallest case  {SMALLEST}"
     )
 
