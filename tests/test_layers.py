@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
         "contract": {"case"},
         "trace": {"contract"},
         "state": set(),
-        "batch": {"places", "state"},
+        "batch": {"places", "state", "trace"},
         "subject": {"batch", "case", "contract", "state"},
         "forward": {"process", "state", "subject"},
         "graph": set(),
