@@ -576,17 +576,33 @@ def _reordered(state: Tensors, lanes: Sequence[int], into: Sequence[int]) -> Ite
 def _neither_carried_nor_fresh(
     chunk: Chunk, found: Tensors, carried: Tensors, fresh: Tensors
 ) -> Iterator[Finding]:
-    """Find a row of the state that neither goes on from the chunk before nor starts afresh."""
+    """Find a row of the state that neither goes on from the chunk before nor starts afresh.
+
+    Nor may one part of a row go on, and another start afresh.
+    """
     others = list(fresh.values())
+    went_on: dict[tuple[int, int], str] = {}  # by how many rows a part has, and which it is
+    began: dict[tuple[int, int], Difference] = {}
     for (path, leaf), due in zip(found.items(), carried.values(), strict=False):
         if leaf.dim() == 0 or leaf.shape != due.shape:
             continue
-        for row, went_on in zip(*(t.reshape(-1, t.shape[-1]) for t in (leaf, due)), strict=True):
-            if same(row, went_on) or not bool(row.any()) or _has_row(others, row):
+        rows = list(zip(*(t.reshape(-1, t.shape[-1]) for t in (leaf, due)), strict=True))
+        for index, (row, before) in enumerate(rows):
+            is_fresh = not bool(row.any()) or _has_row(others, row)
+            if same(row, before):
+                if not is_fresh:
+                    went_on[len(rows), index] = path
                 continue
-            wrong = difference(path, row, went_on)
-            yield Violation(f"{chunk}, incoming {wrong.entry}", *wrong.told)
-            return
+            wrong = difference(path, row, before)
+            if not is_fresh:
+                yield Violation(f"{chunk}, incoming {wrong.entry}", *wrong.told)
+                return
+            began[len(rows), index] = wrong
+    for place in sorted(went_on.keys() & began.keys()):
+        wrong = began[place]
+        where, (fresh_value, due_value) = f"{chunk}, incoming {wrong.entry}", wrong.told
+        yield Violation(where, fresh_value, f"{due_value}, as {went_on[place]} went on")
+        return
 
 
 def _row_in_common(leaf: Tensor, old: Sequence[Tensor], fresh: Sequence[Tensor]) -> Tensor | None:
