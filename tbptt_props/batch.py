@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tbptt_props.places import lanes_of
 from tbptt_props.state import leaves, map_tensors
+from tbptt_props.trace import Place
 
 Parts = Callable[[Any], tuple[Tensor, Any]]
 
@@ -50,6 +51,15 @@ class Batch:
 
     def _has_steps(self, tensor: Tensor) -> bool:
         return tensor.shape[:2] == self.inputs.shape[:2]
+
+    @property
+    def padding(self) -> frozenset[Place]:
+        """The (sequence, time step)s that a mask (B, T) of zeros and ones leaves out."""
+        if isinstance(self.targets, Tensor):
+            return frozenset()
+        masks = [t for t in leaves(self.targets).values() if t.shape == self.inputs.shape[:2]]
+        masks = [mask for mask in masks if bool(((mask == 0) | (mask == 1)).all())]
+        return frozenset((int(b), int(t)) for m in masks for b, t in (m == 0).nonzero().tolist())
 
     def targets_at(self, places: Tensor) -> Any:
         """Return the targets of these (sequence, time step)s, laid out as they are: (..., 2).

@@ -8,6 +8,7 @@ and nothing of the subject: neither its class nor its source.
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -291,7 +292,7 @@ def a_time_step_between_chunks_is_skipped(seen: Evidence) -> bool:
 def cut_along_the_batch(seen: Evidence) -> bool:
     """The wrong dimension is cut: K sequences at a time instead of K time steps.
 
-    Try: x.split(k, dim=1): inputs are (sequences, time steps, features)
+    Try: x.split(k, dim=1), or Subject(..., parts=...) if a batch has time steps first
     """
     few = all(0 < len(look.chunk.lanes) <= seen.chunk for look in seen.looks)
     return few and _cut_as(seen, lambda cut: [(0, cut.steps)] * -(-cut.sequences // cut.chunk))
@@ -602,6 +603,15 @@ def loss_is_scaled(seen: Evidence) -> bool:
     )
 
 
+def the_loss_is_another_one(seen: Evidence) -> bool:
+    """Another loss is trained on than the one that the kit was told.
+
+    Try: Subject(..., loss=...) with the very loss of training_step, or that loss there
+    """
+    trained = [look for look in seen.looks if "backward" in look.events and look.due is not None]
+    return bool(trained) and all(math.isnan(look.ratio) for look in trained)
+
+
 def loss_is_a_sum(seen: Evidence) -> bool:
     """The loss is the sum over all entries where their mean is due.
 
@@ -853,12 +863,16 @@ def causes_of(seen: Evidence) -> tuple[Cause, ...]:
     """Return every cause that fits what a run showed, as far as it is about a broken property."""
     if not seen.broken:
         return ()
-    return tuple(
+    found = tuple(
         _cause(fingerprint, explained)
         for explained, fingerprints in map(_and_the_whole, FINGERPRINTS)
         for fingerprint in fingerprints
         if seen.broken & explained and fingerprint(seen)
     )
+    known = any(LOSS in cause.explains for cause in found)
+    if LOSS not in seen.broken or known or not the_loss_is_another_one(seen):
+        return found
+    return (*found, _cause(the_loss_is_another_one, frozenset({LOSS, *WHOLE})))
 
 
 def _and_the_whole(group: Group) -> tuple[frozenset[str], tuple[Fingerprint, ...]]:

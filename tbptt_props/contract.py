@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from tbptt_props.case import Case
 
-Lengths = Callable[[int], Sequence[int]]
-Carry = Literal["within", "across", "flagged"]
+Lengths = Callable[[int], Sequence[int] | Sequence[tuple[int, int]]]
+Carry = Literal["within", "across", "flagged", "custom"]
 
-CARRIES = ("within", "across", "flagged")
+CARRIES = ("within", "across", "flagged", "custom")
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,20 @@ class Contract:
     Args:
         chunk: K, the time steps of each chunk; by default the case's own.
         lengths: in place of `chunk`, a function of T that returns the lengths of all chunks in
-            order; or "any" if they are drawn at random. Changes what `chunks_tile_the_sequence`
-            expects; of lengths that are not known before, a run can't be resumed at a boundary.
+            order, or (start, stop) of each chunk if they leave something out; or "any" if lengths
+            are drawn at random. Changes what `chunks_tile_the_sequence` expects; of lengths that
+            are not known before, a run can't be resumed at a boundary.
+        context: how many time steps before each chunk forward runs over once more, with the graph
+            and without a loss: chunks of k1 that gradients of k2 time steps reach back from have
+            context=k2 - k1. Changes what `chunks_tile_the_sequence` and `loss_is_the_chunks_own`
+            expect; from which state such a chunk starts is not judged.
         tail: whether the last, shorter chunk of a sequence is trained on ("keep") or left out
             ("drop"). Changes what `chunks_tile_the_sequence` expects.
         carry: how far the state goes: "within" a batch, "across" from each batch to the next, or
-            as flags in the batch say ("flagged"): each sequence goes on or starts afresh. Changes
-            what `state_crosses_every_boundary` and `state_starts_afresh_with_each_batch` expect;
+            as flags in the batch say ("flagged"): each sequence goes on or starts afresh. Or it is
+            the loop's own business ("custom"), as where it is found anew for each chunk by a
+            burn-in without gradient: then nothing of it is judged. Changes what
+            `state_crosses_every_boundary` and `state_starts_afresh_with_each_batch` expect;
             a batch that goes on from another one can't be run alone.
         update: when the optimizer updates: after each "chunk", after each "batch" for all of its
             chunks, whose gradients add up, or after so many chunks of a batch, and at its end.
@@ -47,6 +54,7 @@ class Contract:
 
     chunk: int | None = None
     lengths: Lengths | Literal["any"] | None = None
+    context: int = 0
     tail: Literal["keep", "drop"] = "keep"
     carry: Carry = "within"
     update: Literal["chunk", "batch"] | int = "chunk"
@@ -58,6 +66,7 @@ class Contract:
         """Refuse promises nobody can keep."""
         if self.chunk is not None:
             _require_count("chunk", self.chunk, "time step")
+        _require_count("context", self.context, "time step", least=0)
         _require_word("tail", self.tail, ("keep", "drop"))
         _require_word("carry", self.carry, CARRIES)
         _require_word("weight", self.weight, ("sum", "mean", "steps"))
@@ -79,6 +88,11 @@ class Contract:
             )
         if self.lengths is not None and (self.chunk is not None or self.tail == "drop"):
             raise ValueError("lengths already says how chunks are cut: leave out chunk and tail")
+        if self.lengths == "any" and self.context:
+            raise ValueError(
+                "context is counted from where each chunk starts, which lengths='any' leaves open, "
+                f"got context={self.context}"
+            )
         if self.weight != "sum" and self.update in ("chunk", 1):
             raise ValueError(
                 "weight is about chunks that share an update: with update='chunk' each has its "
@@ -131,15 +145,29 @@ class Contract:
         return 1 / len(plan) if self.weight == "mean" else 1.0
 
 
-def _spans(lengths: Sequence[int], steps: int) -> tuple[tuple[int, int], ...]:
+def _spans(cut: Sequence[Any], steps: int) -> tuple[tuple[int, int], ...]:
+    """Return (start, stop) of each chunk, of which `cut` holds the lengths or just these pairs."""
+    if cut and all(isinstance(span, tuple) and len(span) == 2 for span in cut):
+        return _in_order(tuple(cut), steps)
     spans: list[tuple[int, int]] = []
-    for length in lengths:
+    for length in cut:
         _require_count("each of lengths", length, "time step")
         start = spans[-1][1] if spans else 0
         spans.append((start, start + length))
     if not spans or spans[-1][1] != steps:
-        raise ValueError(f"lengths must add up to T = {steps}, got {list(lengths)}")
+        raise ValueError(f"lengths must add up to T = {steps}, got {list(cut)}")
     return tuple(spans)
+
+
+def _in_order(spans: tuple[tuple[int, int], ...], steps: int) -> tuple[tuple[int, int], ...]:
+    flat = [bound for span in spans for bound in span]
+    within = flat[0] >= 0 and flat[-1] <= steps
+    if not within or flat != sorted(flat) or any(start == stop for start, stop in spans):
+        raise ValueError(
+            f"lengths must be (start, stop) of one chunk after the other within T = {steps}, "
+            f"got {list(spans)}"
+        )
+    return spans
 
 
 def _require_word(name: str, value: object, words: tuple[str, ...]) -> None:
@@ -148,6 +176,7 @@ def _require_word(name: str, value: object, words: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be {listed}, got {name}={value!r}")
 
 
-def _require_count(name: str, value: object, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be at least 1 {what}, got {name}={value!r}")
+def _require_count(name: str, value: object, what: str, *, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        things = f"{least} {what}" if least == 1 else f"{least} {what}s"
+        raise ValueError(f"{name} must be at least {things}, got {name}={value!r}")

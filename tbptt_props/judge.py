@@ -25,6 +25,7 @@ from tbptt_props.properties import (
     PROPERTIES,
     LinkProperty,
     RunProperty,
+    chunks_tile_the_sequence,
     line_of,
 )
 from tbptt_props.rederivation import rederive
@@ -32,7 +33,7 @@ from tbptt_props.report import Report, Verdict
 from tbptt_props.sensitivity import Change, Proof, proofs
 from tbptt_props.strategies import cases
 from tbptt_props.subject import ObservationError, Subject, require, shortened
-from tbptt_props.trace import Cause, Chunk, Finding, Link, NotJudged, Span, Violation
+from tbptt_props.trace import Cause, Chunk, Finding, Link, NotJudged, Span, Violation, counted
 
 Property = RunProperty | LinkProperty
 
@@ -224,7 +225,8 @@ def verify(
         raise ValueError(f"max_examples must be at least 1, got max_examples={max_examples}")
     bench = Bench(build, properties)
     number = random.SystemRandom().getrandbits(64) if seed is None else seed
-    counted = bench.search(cases(**fixed), number, max_examples, on_case)
+    examples = bench.search(cases(**fixed), number, max_examples, on_case)
+    bench.require_cases_chunk()
     report = bench.summed()
     verdicts = tuple(
         bench.shrunk(verdict, fixed, number, max_examples) if verdict.violations else verdict
@@ -232,7 +234,7 @@ def verify(
     )
     if sensitivity:
         verdicts = bench.proved(verdicts)
-    return replace(report, verdicts=verdicts, examples=counted)
+    return replace(report, verdicts=verdicts, examples=examples)
 
 
 def replay(build: Build, case: Case) -> Report:
@@ -260,6 +262,7 @@ class Bench:
         self.properties = properties
         self.reports: dict[Case, Report] = {}
         self.chunks: dict[Case, int] = {}  # seen in one batch, at most
+        self.cuts: dict[Case, list[Chunk]] = {}  # how the first batch was cut, if not as promised
         self.tried: dict[str, tuple[str, ...]] = {}  # what broke each property on purpose
         self.last: Subject | None = None
 
@@ -269,6 +272,9 @@ class Bench:
             report = judge(lambda: self.fresh(case), case, self.properties, name=self.name)
             seen = Counter(chunk.batch for chunk in report.trace.chunks) if report.trace else {}
             self.chunks[case] = max(seen.values(), default=0)
+            mis_cut = chunks_tile_the_sequence.__name__ in {v.name for v in report.broken}
+            if mis_cut and report.trace and not report.trace.halt:
+                self.cuts[case] = [c for c in report.trace.chunks if c.batch == 0]
             self.reports[case] = replace(report, trace=None)
         return self.reports[case]
 
@@ -323,6 +329,31 @@ class Bench:
                 f"{self.name} assumed every case away: assume less, or fix sizes by name"
             ) from error
         return count
+
+    def require_cases_chunk(self) -> None:
+        """Refuse a factory that leaves K out of its subjects, which are all cut alike.
+
+        Raises:
+            ObservationError: sequences longer than one and the same length are cut into such,
+                whatever `case.chunk` is.
+        """
+        contract = self.last.contract if self.last else Contract()
+        if contract.chunk is not None or contract.lengths is not None:
+            return
+        spans = {case: [chunk.span for chunk in cut] for case, cut in self.cuts.items()}
+        longer = {case: cut for case, cut in spans.items() if len(cut) > 1 and cut[0]}
+        lengths = {span[1] - span[0] for cut in longer.values() if (span := cut[0])}
+        asked = {case.chunk for case in longer}
+        if len(lengths) != 1 or len(asked) < 3:
+            return
+        (length,) = lengths
+        as_cut = Contract(chunk=length)
+        if all(tuple(cut) == as_cut.plan(case, case.steps) for case, cut in spans.items()):
+            raise ObservationError(
+                f"{self.name} cuts into chunks of {counted(length, 'time step')} whatever "
+                f"case.chunk is ({', '.join(map(str, sorted(asked)))}): build the module with "
+                f"case.chunk, or fix it by name, chunk={length}"
+            )
 
     def summed(self) -> Report:
         """Sum up all cases judged so far: broken on one is broken."""

@@ -210,6 +210,8 @@ def resumed(
         return Rerun("", missing=_NO_BOUNDARY[watch.subject.contract.adds_up])
     batch, start = marks.where
     where = f"{f'batch {batch}, ' if batch else ''}from time step {start} on"
+    if watch.subject.contract.carry == "custom" or watch.subject.contract.context:
+        return Rerun(where, missing="a contract by which a chunk starts where the one before ended")
     unknown = _unknown_memory(watch)
     if unknown:
         return Rerun(where, missing=unknown)
@@ -432,7 +434,7 @@ def one_chunk(
 ) -> Rerun:
     """Make one ordinary update on a whole batch, which is due where the plan is a single chunk."""
     where = "the whole sequence"
-    if len(marks.plan) != 1 or len(marks.plan[0]) != 1 or not _is_one_chunk(watch):
+    if not _is_one_chunk(marks, batches[0], watch):
         return Rerun(where, missing="a case of one batch and one chunk")
     if watch.subject.loss is None:
         return Rerun(where, missing="a loss")
@@ -450,8 +452,10 @@ def one_chunk(
     if clips and not contract.clips:
         return Rerun(where, missing="gradients are clipped, and the contract does not say how")
     due = rederive(fresh(), _of_whole(batches[0], chunk), slope=False, mixing=False)
-    if due.missing:
-        return Rerun(where, missing=due.missing)
+    if due.missing or due.loss is None:
+        return Rerun(
+            where, missing=due.missing or "targets of which it is clear how they are laid out"
+        )
     try:
         second = _ordinary(chunk, due.gradients, due.state, rules, contract)
     except Exception as error:  # whatever a stranger's optimizer raises out of its place
@@ -467,8 +471,10 @@ def _as_set(rule: Rule, made: Sequence[Rule]) -> Rule:
     return replace(rule, groups=own.groups)
 
 
-def _is_one_chunk(watch: Watch) -> bool:
+def _is_one_chunk(marks: Bookmarks, batch: Batch, watch: Watch) -> bool:
     """Tell whether a single chunk was due: where lengths are drawn, it may have been several."""
+    if [list(plan) for plan in marks.plan] != [[(0, batch.inputs.shape[1])]]:
+        return False
     return watch.subject.contract.planned or len(watch.closed) == 1
 
 

@@ -107,6 +107,8 @@ def run(fresh: Fresh, case: Case, hand_on: Callable[[Chunk], None]) -> Trace:
         sizes=tuple((b.inputs.shape[0], b.inputs.shape[1]) for b in batches),
         plan=plan,
         planned=subject.contract.planned,
+        context=subject.contract.context,
+        padding=tuple(batch.padding for batch in batches),
         chunks=tuple(watch.closed),
         halt=halt,
         outlived=tuple(dict.fromkeys(watch.outlived)),

@@ -8,7 +8,7 @@ why nothing could be judged. No findings on a link means that it was judged and 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from itertools import pairwise
 
 import torch
@@ -160,12 +160,15 @@ def state_crosses_every_boundary(link: Link) -> Iterator[Finding]:
     if before is None or given is None or (link.chunk.starts_batch and within):
         yield NotJudged("a case of at least two chunks")
         return
+    if link.contract.carry == "custom" or link.chunk.context:
+        yield NotJudged("a contract by which a chunk starts where the one before ended")
+        return
     assert before.outcome is not None
     ended_in = [leaves(state) for state in before.outcome.states]
     if not any(ended_in):
         yield NotJudged("a forward that returns a state")
         return
-    due = list(_moved_along(ended_in, before.lanes, link.chunk.lanes))
+    due = list(_moved_along(ended_in, before, link.chunk))
     if not any(due):
         yield NotJudged("chunks of the same sequences, each with a row of its own in the state")
         return
@@ -413,16 +416,29 @@ def _tiles(
     batch: int, trace: Trace, chunks: Sequence[Chunk], due: Sequence[Span]
 ) -> Iterator[Finding]:
     prefix = f"batch {batch}, " if batch else ""
+    padding = trace.padding[batch] if trace.padding else frozenset()
     found = [span for chunk in chunks for span in _spans(chunk, due)]
+    if found == (without := _without_padding(due, trace.sizes[batch], padding)):
+        due = without  # nothing is due where every sequence is over
     if found != list(due):
         yield Violation(f"{prefix}chunks", _listed(found), _listed(due))
         return
     sequences = trace.sizes[batch][0]
     if len(chunks) != len(due):  # several chunks in one backward: their inputs are known to tile
         return
-    yield from _accounted("inputs", chunks, due, sequences, lambda c: c.inputs)
+    fed = [(max(0, start - trace.context), stop) for start, stop in due]
+    yield from _accounted("inputs", chunks, fed, sequences, padding, lambda c: c.inputs)
     if all(chunk.targets is not None for chunk in chunks):
-        yield from _accounted("targets", chunks, due, sequences, lambda c: c.targets or ())
+        yield from _accounted("targets", chunks, due, sequences, padding, lambda c: c.targets or ())
+
+
+def _without_padding(
+    due: Sequence[Span], sizes: tuple[int, int], padding: Set[Place]
+) -> list[Span]:
+    sequences, steps = sizes
+    while steps and all((sequence, steps - 1) in padding for sequence in range(sequences)):
+        steps -= 1
+    return [(start, min(stop, steps)) for start, stop in due if start < steps]
 
 
 def _as_drawn(chunks: Sequence[Chunk], whole: Sequence[Span], halted: bool) -> Sequence[Span]:
@@ -448,9 +464,13 @@ def _accounted(
     chunks: Sequence[Chunk],
     due: Sequence[Span],
     sequences: int,
+    padding: Set[Place],
     places: Callable[[Chunk], Sequence[Place]],
 ) -> Iterator[Finding]:
-    """Account for every (sequence, time step): each is due once, in its own chunk."""
+    """Account for every (sequence, time step): each is due once, in its own chunk.
+
+    What is padding may be left out.
+    """
     for chunk, (start, stop) in zip(chunks, due, strict=True):
         used = Counter(places(chunk))
         made_up = used.pop((-1, -1), 0)
@@ -459,7 +479,11 @@ def _accounted(
             yield Violation(f"{chunk}, {what}", found, "the batch's own rows alone")
             continue
         wanted = {(b, t) for b in range(sequences) for t in range(start, stop)}
-        wrong = sorted(p for p in wanted | used.keys() if used[p] != (p in wanted))
+        wrong = sorted(
+            place
+            for place in wanted | used.keys()
+            if used[place] != (place in wanted) and (used[place] or place not in padding)
+        )
         if wrong:
             place = wrong[0]
             yield Violation(
@@ -541,20 +565,21 @@ def _cut_off(chunk: Chunk) -> Iterator[tuple[str, str]]:
                 yield path, name
 
 
-def _moved_along(
-    states: Sequence[Tensors], lanes: Sequence[int], into: Sequence[int]
-) -> Iterator[Tensors]:
-    """Yield states as they are due where sequences changed places, which take theirs with them."""
+def _moved_along(states: Sequence[Tensors], before: Chunk, chunk: Chunk) -> Iterator[Tensors]:
+    """Yield states as they are due where sequences changed places, or only some of them go on."""
+    lanes, into = before.lanes, chunk.lanes
+    known = bool(lanes and into)
+    went_on = {sequence for sequence, _ in chunk.inputs} == {b for b, _ in before.inputs}
     for state in states:
-        if not lanes or not into or lanes == into:
+        if lanes == into if known else went_on or chunk.batch != before.batch:
             yield state
-        else:
+        elif known:
             yield from _reordered(state, lanes, into)
 
 
 def _reordered(state: Tensors, lanes: Sequence[int], into: Sequence[int]) -> Iterator[Tensors]:
     """Yield `state` with its sequences in another order, along each dimension they may lie in."""
-    if sorted(lanes) != sorted(into):
+    if not set(into) <= set(lanes) or any(len(set(rows)) < len(rows) for rows in (lanes, into)):
         return
     order = torch.tensor([lanes.index(sequence) for sequence in into])
     for dim in (0, 1):
@@ -565,17 +590,33 @@ def _reordered(state: Tensors, lanes: Sequence[int], into: Sequence[int]) -> Ite
 def _neither_carried_nor_fresh(
     chunk: Chunk, found: Tensors, carried: Tensors, fresh: Tensors
 ) -> Iterator[Finding]:
-    """Find a row of the state that neither goes on from the chunk before nor starts afresh."""
+    """Find a row of the state that neither goes on from the chunk before nor starts afresh.
+
+    Nor may one part of a row go on, and another start afresh.
+    """
     others = list(fresh.values())
+    went_on: dict[tuple[int, int], str] = {}  # by how many rows a part has, and which it is
+    began: dict[tuple[int, int], Difference] = {}
     for (path, leaf), due in zip(found.items(), carried.values(), strict=False):
         if leaf.dim() == 0 or leaf.shape != due.shape:
             continue
-        for row, went_on in zip(*(t.reshape(-1, t.shape[-1]) for t in (leaf, due)), strict=True):
-            if same(row, went_on) or not bool(row.any()) or _has_row(others, row):
+        rows = list(zip(*(t.reshape(-1, t.shape[-1]) for t in (leaf, due)), strict=True))
+        for index, (row, before) in enumerate(rows):
+            is_fresh = not bool(row.any()) or _has_row(others, row)
+            if same(row, before):
+                if not is_fresh:
+                    went_on[len(rows), index] = path
                 continue
-            wrong = difference(path, row, went_on)
-            yield Violation(f"{chunk}, incoming {wrong.entry}", *wrong.told)
-            return
+            wrong = difference(path, row, before)
+            if not is_fresh:
+                yield Violation(f"{chunk}, incoming {wrong.entry}", *wrong.told)
+                return
+            began[len(rows), index] = wrong
+    for place in sorted(went_on.keys() & began.keys()):
+        wrong = began[place]
+        where, (fresh_value, due_value) = f"{chunk}, incoming {wrong.entry}", wrong.told
+        yield Violation(where, fresh_value, f"{due_value}, as {went_on[place]} went on")
+        return
 
 
 def _row_in_common(leaf: Tensor, old: Sequence[Tensor], fresh: Sequence[Tensor]) -> Tensor | None:

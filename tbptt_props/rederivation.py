@@ -140,7 +140,7 @@ def _run(subject: Subject, given: Given, found: float) -> _Again:
     cotangents: list[Tensor | None] = [None] * len(predictions)
     gradients: Tensors = {}
     if given.target is not None:
-        loss = _as_trained(subject, given.target, predictions, form)
+        loss = _as_trained(subject, given, predictions, form)
         cotangents, gradients = _differentiated(loss, predictions, _trainable(subject))
     return _Again(
         predictions=predictions,
@@ -386,20 +386,25 @@ def _form_of(subject: Subject, given: Given, predictions: Sequence[Tensor], foun
     if len(predictions) == 1 or given.target is None:
         return "whole"
     forms: tuple[Form, ...] = ("whole", "mean", "sum")
-    losses = {form: _as_trained(subject, given.target, predictions, form) for form in forms}
+    losses = {form: _as_trained(subject, given, predictions, form) for form in forms}
     return next((form for form in forms if near(float(losses[form]), found)), "whole")
 
 
-def _as_trained(subject: Subject, target: Any, predictions: Sequence[Tensor], form: Form) -> Tensor:
+def _as_trained(
+    subject: Subject, given: Given, predictions: Sequence[Tensor], form: Form
+) -> Tensor:
     """Compute the loss over the chunk, put together in this form."""
     assert subject.loss is not None  # without one, there is no target
-    if len(predictions) == 1:
+    target, by_step = given.target, all(p.dim() == 2 for p in predictions)
+    if given.context:
+        predictions = _behind(given.context, predictions, target)
+    if len(given.calls) == 1:
         return subject.loss(predictions[0], target)
-    if all(p.dim() == 2 for p in predictions):
+    if by_step:
         pieces = [_narrowed(target, 1, i, 1, drop=True) for i in range(len(predictions))]
         whole = torch.stack(list(predictions), dim=1)
     else:
-        time = _time_of(predictions, next(iter(leaves(target).values())))
+        time = _time_of(predictions, target)
         lengths = [p.shape[time] for p in predictions]
         starts = [sum(lengths[:i]) for i in range(len(lengths))]
         pieces = [_narrowed(target, time, *cut) for cut in zip(starts, lengths, strict=True)]
@@ -409,6 +414,20 @@ def _as_trained(subject: Subject, target: Any, predictions: Sequence[Tensor], fo
     loss = subject.loss
     losses = torch.stack([loss(p, y) for p, y in zip(predictions, pieces, strict=True)])
     return losses.mean() if form == "mean" else losses.sum()
+
+
+def _behind(context: int, predictions: Sequence[Tensor], target: Any) -> list[Tensor]:
+    """Leave out the predictions of the first time steps, which have no loss."""
+    if all(p.dim() == 2 for p in predictions):
+        return list(predictions[context:] if len(predictions) > 1 else predictions)
+    time = _time_of(predictions, target, context)
+    kept = []
+    for prediction in predictions:
+        steps = prediction.shape[time]
+        left_out, context = min(context, steps), max(0, context - steps)
+        if left_out < steps:
+            kept.append(prediction.narrow(time, left_out, steps - left_out))
+    return kept
 
 
 def _narrowed(target: Any, dim: int, start: int, length: int, *, drop: bool = False) -> Any:
@@ -422,10 +441,11 @@ def _narrowed(target: Any, dim: int, start: int, length: int, *, drop: bool = Fa
     return map_tensors(cut, target)
 
 
-def _time_of(predictions: Sequence[Tensor], target: Tensor) -> int:
+def _time_of(predictions: Sequence[Tensor], target: Any, context: int = 0) -> int:
     """Return along which dimension the predictions of several calls make up the target's steps."""
-    first = target.shape[0] == sum(p.shape[0] for p in predictions)
-    return 0 if first and all(p.shape[1] == target.shape[1] for p in predictions) else 1
+    first = next(iter(leaves(target).values()))
+    along = first.shape[0] + context == sum(p.shape[0] for p in predictions)
+    return 0 if along and all(p.shape[1] == first.shape[1] for p in predictions) else 1
 
 
 def _pulled_back(
@@ -533,7 +553,7 @@ def _losses(subject: Subject, given: Given, form: Form, nudges: Sequence[float])
         _load_values(subject.module, given)
         predictions, _ = _forward(subject, given, value_of(given.calls[0].state))
         assert given.target is not None
-        losses.append(float(_as_trained(subject, given.target, predictions, form)))
+        losses.append(float(_as_trained(subject, given, predictions, form)))
     for name, parameter in trainable.items():
         parameter.copy_(given.parameters[name])
     return losses

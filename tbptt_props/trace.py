@@ -118,6 +118,7 @@ class Given:
     target: Any  # what the loss is due to compare with, a tensor or several; None: not known
     feeding: frozenset[str] = frozenset()  # parameters that the incoming state is made from
     initial: Any = None  # the state in which the whole run began
+    context: int = 0  # time steps run over before the chunk's own, without a loss
     repeats: tuple[Any, ...] = ()  # states from which a closure's later evaluations started
 
 
@@ -176,6 +177,7 @@ class Chunk:
     pieces: tuple[Span, ...] = ()  # where one backward ran over calls that are cut apart
     moved: bool = True  # its update changed some parameter
     index: int = 0  # which of its batch's chunks it is
+    context: int = 0  # time steps among its inputs that belong to chunks before
     adds_up: bool = False  # its gradients are promised to stay for the next chunk's update
 
     def __str__(self) -> str:
@@ -301,6 +303,8 @@ class Trace:
     sizes: tuple[tuple[int, int], ...]  # (B, T) of each batch
     plan: tuple[tuple[Span, ...], ...]  # the chunks due, batch by batch
     planned: bool = True  # whether it was known before how sequences are cut
+    context: int = 0  # time steps before each chunk that are run over once more
+    padding: tuple[frozenset[Place], ...] = ()  # by batch: what a mask among its targets leaves out
     chunks: tuple[Chunk, ...] = ()
     halt: Halt | None = None
     outlived: tuple[str, ...] = ()  # chunks whose graph was alive when it was due to be gone

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -193,6 +194,7 @@ class Watch:
         self.live_batch: Batch | None = None
         self.in_batch = False
         self.in_this_batch = 0  # chunks
+        self.trained_to = 0  # the time step up to which chunks of this batch came
         self.problem: BaseException | None = None
         self.announced: list[int] = []
         self.lightning_updates: Callable[[], int] | None = None
@@ -226,7 +228,7 @@ class Watch:
         self._drop_open_calls()
         self.batch = index
         self.fresh_batch = self.in_batch = True
-        self.in_this_batch = 0
+        self.in_this_batch = self.trained_to = 0
         self.live_batch = self._taken_apart(batch)
         self.last_state = None  # a batch of which nothing is trained on ends in none
         if self.before_batch:
@@ -432,11 +434,13 @@ class Watch:
                 found.add(id(variable))
         return frozenset(self.names[i] for i in found if i in self.names)
 
-    def _places(self, x: Any) -> Tensor | None:
-        x = x if isinstance(x, Tensor) else next(iter(leaves(x).values()), None)
+    def _places(self, whole: Any) -> Tensor | None:
+        x = whole if isinstance(whole, Tensor) else next(iter(leaves(whole).values()), None)
         if x is None or not 0 <= self.batch < len(self.pristine):
             return None
         live = self.live_batch.inputs if self.live_batch else None
+        if isinstance(whole, PackedSequence):
+            return _unpacked(whole, locate(whole.data, live, self.pristine[self.batch].inputs))
         return locate(x, live, self.pristine[self.batch].inputs)
 
     def _came_out(
@@ -961,13 +965,17 @@ class Watch:
 
     def _chunk(self, live: _LiveChunk) -> Chunk:
         first = live.calls[0]
-        places = _joined(live.calls)
-        target = self._target(live, places)
+        fed = _joined(live.calls)
+        context = self._context(fed)
+        places = _without(context, fed)
+        span = span_of(places)
+        self.trained_to = max(self.trained_to, span[1] if span else 0)
         return Chunk(
             batch=live.batch,
-            span=span_of(places),
-            inputs=_as_places(places),
-            targets=self._targets(live, places),
+            span=span,
+            inputs=_as_places(fed),
+            targets=self._targets(live, places, context),
+            context=context,
             given=Given(
                 calls=tuple(call.call for call in live.calls),
                 parameters=first.snapshot.parameters,
@@ -975,7 +983,8 @@ class Watch:
                 trainable=first.snapshot.trainable,
                 attributes=first.snapshot.attributes,
                 randomness=first.snapshot.randomness,
-                target=target,
+                target=self._target(live, places),
+                context=context,
                 feeding=first.feeding,
                 repeats=tuple(live.repeats),
                 initial=self.initial_state,
@@ -1013,6 +1022,13 @@ class Watch:
             adds_up=self.subject.contract.adds_up,
         )
 
+    def _context(self, places: Tensor | None) -> int:
+        """Return how many of a chunk's time steps are context: those that chunks before had."""
+        if not self.subject.contract.context or places is None or not lanes_of(places):
+            return 0
+        steps = places[:, 0, 1] if time_first(places) else places[0, :, 1]
+        return int((steps < self.trained_to).sum())
+
     def _target(self, live: _LiveChunk, places: Tensor | None) -> Any:
         """Return the targets at the places that were fed, laid out as the inputs were."""
         if places is None or not 0 <= live.batch < len(self.pristine):
@@ -1020,20 +1036,32 @@ class Watch:
         batch = self.pristine[live.batch]
         if batch.targets is None or self.subject.loss is None or bool((places < 0).any()):
             return None
+        packed = any(isinstance(c.call.x, PackedSequence) for c in live.calls)
+        if packed and places.dim() < 3:  # targets are padded: nobody knows with what
+            return None
         if _is_one_each(batch, live.calls, places):
             return batch.targets[list(lanes_of(places))]
         return batch.targets_at(places)
 
-    def _targets(self, live: _LiveChunk, places: Tensor | None) -> tuple[Place, ...] | None:
+    def _targets(
+        self, live: _LiveChunk, places: Tensor | None, context: int
+    ) -> tuple[Place, ...] | None:
         """Tell which targets the loss looked at; None where that is not known."""
         if places is None or not live.complete or len(live.calls) != 1 or bool((places < 0).any()):
             return None
         call = live.calls[0]
         batch = self.pristine[live.batch]
         prediction = call.call.prediction
+        if places.dim() < 3 and isinstance(call.call.x, PackedSequence):
+            return None
         if prediction is None or not batch.by_step or self.subject.loss is None:
             return None
-        return targets_of(self.subject.loss, prediction, call.cotangent, live.loss, batch, places)
+        cotangent, time = call.cotangent, 0 if time_first(places) else 1
+        if context and prediction.dim() > time:
+            prediction = prediction.narrow(time, context, prediction.shape[time] - context)
+            if cotangent is not None:
+                cotangent = cotangent.narrow(time, context, prediction.shape[time])
+        return targets_of(self.subject.loss, prediction, cotangent, live.loss, batch, places)
 
     def _note_changes(self, index: int) -> None:
         live, self.live_batch, self.in_batch = self.live_batch, None, False
@@ -1100,6 +1128,23 @@ def _joined(calls: list[_LiveCall]) -> Tensor | None:
     dim = 0 if time_first(found[0]) else 1
     others = {tuple(n for i, n in enumerate(p.shape) if i != dim) for p in found}
     return torch.cat(found, dim=dim) if len(others) == 1 else None
+
+
+def _unpacked(packed: PackedSequence, places: Tensor | None) -> Tensor | None:
+    """Lay the places of packed inputs out as (B, K, 2), if all sequences have K time steps."""
+    if places is None or len(set(packed.batch_sizes.tolist())) > 1:
+        return places
+    laid_out = places.reshape(len(packed.batch_sizes), -1, 2).transpose(0, 1)
+    order = packed.unsorted_indices
+    return laid_out if order is None else laid_out[order]
+
+
+def _without(context: int, places: Tensor | None) -> Tensor | None:
+    """Leave out the first time steps of the places that were fed."""
+    if places is None or not context:
+        return places
+    time = 0 if time_first(places) else 1
+    return places.narrow(time, context, places.shape[time] - context)
 
 
 def _is_one_each(batch: Batch, calls: Sequence[_LiveCall], places: Tensor) -> bool:

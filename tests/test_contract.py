@@ -18,6 +18,7 @@ def test_nothing_is_promised_by_default_but_the_textbook() -> None:
     assert Contract() == Contract(
         chunk=None,
         lengths=None,
+        context=0,
         tail="keep",
         carry="within",
         update="chunk",
@@ -44,14 +45,24 @@ def test_a_promise_stays_as_it_is() -> None:
         ({"clip_norm": nan}, "clip_norm must be positive, got clip_norm=nan"),
         ({"clip_value": 0.0}, "clip_value must be positive, got clip_value=0.0"),
         ({"clip_value": -inf}, "clip_value must be positive, got clip_value=-inf"),
-        ({"carry": "never"}, "carry must be 'within', 'across', 'flagged', got carry='never'"),
-        ({"carry": None}, "carry must be 'within', 'across', 'flagged', got carry=None"),
+        (
+            {"carry": "never"},
+            "carry must be 'within', 'across', 'flagged', 'custom', got carry='never'",
+        ),
+        ({"carry": None}, "carry must be 'within', 'across', 'flagged', 'custom', got carry=None"),
         ({"weight": "max"}, "weight must be 'sum', 'mean', 'steps', got weight='max'"),
         ({"update": 0}, "update must be at least 1 chunk, got update=0"),
         ({"update": -1}, "update must be at least 1 chunk, got update=-1"),
         ({"update": True}, "update must be at least 1 chunk, got update=True"),
         ({"update": 2.0}, "update must be at least 1 chunk, got update=2.0"),
         ({"update": "sequence"}, "update must be at least 1 chunk, got update='sequence'"),
+        ({"context": -1}, "context must be at least 0 time steps, got context=-1"),
+        ({"context": 1.0}, "context must be at least 0 time steps, got context=1.0"),
+        (
+            {"lengths": "any", "context": 2},
+            "context is counted from where each chunk starts, which lengths='any' leaves open, "
+            "got context=2",
+        ),
         ({"lengths": 3}, "lengths must be a function of T or 'any', got 3"),
         ({"lengths": "random"}, "lengths must be a function of T or 'any', got 'random'"),
         ({"lengths": [3, 4]}, "lengths must be a function of T or 'any', got [3, 4]"),
@@ -269,3 +280,24 @@ def test_time_steps_that_are_left_out_have_no_share() -> None:
     plan = contract.plan(Case(chunk=3), 7)
 
     assert [contract.share(index, plan) for index in range(2)] == [0.5, 0.5]
+
+
+# Chunks that leave something out -------------------------------------------------------------
+
+
+def test_lengths_may_be_where_each_chunk_starts_and_stops() -> None:
+    contract = Contract(lengths=lambda steps: [(1, 3), (5, steps)])
+
+    assert contract.plan(Case(steps=9), 9) == ((1, 3), (5, 9))
+
+
+@pytest.mark.parametrize(
+    "spans", [[(0, 3), (2, 5)], [(0, 2), (2, 2)], [(-1, 2)], [(0, 10)], [(3, 5), (0, 3)]]
+)
+def test_chunks_that_are_not_one_after_the_other_are_refused(spans: list[tuple[int, int]]) -> None:
+    message = (
+        f"lengths must be (start, stop) of one chunk after the other within T = 9, got {spans}"
+    )
+
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Contract(lengths=lambda _: spans).plan(Case(steps=9), 9)

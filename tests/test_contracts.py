@@ -3,7 +3,7 @@
 Shapes: B sequences, T time steps, K time steps in a chunk.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -158,11 +158,6 @@ BREAKS_UNDER: Mapping[str, Mapping[str, set[str]]] = {
     "chunk=99": {"NeverCuts": NOTHING, "TruncatedRNN": {ORDINARY, TILE}},
 }
 
-# What goes unseen.
-MISJUDGED = {
-    ("carry='flagged'", "CarriesOnlyH"): "h may go on while c starts afresh",
-}
-
 
 def broken_by(fault: Fault, promise: Promise) -> set[str]:
     """Return the names of the properties that a fault breaks under a promise."""
@@ -177,21 +172,10 @@ def broken_by(fault: Fault, promise: Promise) -> set[str]:
     return broken
 
 
-def but_for(
-    misjudged: Mapping[tuple[str, str], str], pairs: Iterable[tuple[str, str]]
-) -> list[Any]:
-    return [
-        pytest.param(*pair, marks=pytest.mark.xfail(strict=True, reason=misjudged[pair]))
-        if pair in misjudged
-        else pair
-        for pair in pairs
-    ]
-
-
 PAIRS = [(promise, name) for promise, rows in BREAKS_UNDER.items() for name in rows]
 
 
-@pytest.mark.parametrize(("promise", "name"), but_for(MISJUDGED, PAIRS))
+@pytest.mark.parametrize(("promise", "name"), PAIRS)
 def test_a_fault_breaks_just_what_it_breaks_under_a_promise(promise: str, name: str) -> None:
     assert broken_by(FAULT[name], PROMISES[promise]) == BREAKS_UNDER[promise][name]
 

@@ -181,6 +181,10 @@ WIRED: dict[str, dict[str, Any]] = {
     "next_input": {"parts": lambda x: (x[:-1].transpose(0, 1), x[1:].transpose(0, 1))},
     "ragged": {"parts": with_mask},
     "packed": {"parts": with_mask, "state": "state"},
+    "takes_packed": {"parts": with_mask},
+    "burn_in": {"contract": tb.Contract(carry="custom")},
+    "windows": {"contract": tb.Contract(context=2)},
+    "stepwise_windows": {"contract": tb.Contract(context=2)},
     "named_batches": {"parts": lambda batch: (batch.input, batch.target)},
     "pair_of_inputs": {"parts": lambda batch: (batch[0][0], batch[1])},
     "episode_mask": {"state": "state"},
@@ -195,6 +199,7 @@ WIRED: dict[str, dict[str, Any]] = {
     "mean_of_two": {"contract": tb.Contract(update=2, weight="mean")},
     "random_lengths": {"contract": tb.Contract(lengths="any")},
     "growing_lengths": {"contract": tb.Contract(lengths=growing)},
+    "last_chunk": {"contract": lambda case: tb.Contract(carry="custom", lengths=last(case.chunk))},
 }
 
 WIRED_CASES = (
@@ -202,6 +207,10 @@ WIRED_CASES = (
     tb.Case(batch=2, steps=11, chunk=2, inputs=2, hidden=3, outputs=2, batches=1, seed=0),
     tb.Case(batch=2, steps=3, chunk=5, inputs=2, hidden=3, outputs=1, batches=2, seed=16),
 )
+
+
+def last(chunk: int) -> Callable[[int], list[tuple[int, int]]]:
+    return lambda steps: [(max(0, steps - chunk), steps)]
 
 
 def wired(unusual: Unusual, **told: Any) -> tb.Subject:
@@ -222,7 +231,9 @@ def judged_as_wired(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(case.seed)
             unusual = build(case)
-        report = tb.check(wired(unusual, **told), case)
+        promised = told.get("contract")
+        its_own = {**told, "contract": promised(case)} if callable(promised) else told
+        report = tb.check(wired(unusual, **its_own), case)
         broken |= {verdict.name for verdict in report.broken}
         held |= {verdict.name for verdict in report.holds}
     return broken, held - broken

@@ -289,6 +289,11 @@ BY_ANOTHER_PLAN = {
     "pair_of_inputs",
     "ragged",
     "packed",
+    "takes_packed",
+    "burn_in",
+    "windows",
+    "stepwise_windows",
+    "last_chunk",
     "speaker_ids",
     "running_average",
 }

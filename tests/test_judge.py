@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss
+from torch.nn.functional import l1_loss, mse_loss
 
 import tbptt_props as tb
 from tbptt_props import properties as props
@@ -458,3 +458,44 @@ def test_a_module_is_trained_in_float64_by_default() -> None:
     tb.check(replace(right(ONE_CHUNK), loss=loss), ONE_CHUNK)
 
     assert dtypes == {torch.float64}
+
+
+# Wired otherwise than it was told --------------------------------------------------------------
+
+
+def cut_into(chunk: int) -> Build:
+    """Return a factory whose modules have a chunk length of their own."""
+
+    def build(case: tb.Case) -> tb.Subject:
+        subject = made(TruncatedRNN)(case)
+        vars(subject.module)["chunk"] = chunk
+        return subject
+
+    return build
+
+
+def test_a_factory_that_leaves_out_the_cases_chunk_is_told_so() -> None:
+    said = (
+        r"cuts into chunks of 4 time steps whatever case\.chunk is \(.*\): "
+        r"build the module with case\.chunk, or fix it by name, chunk=4$"
+    )
+
+    with pytest.raises(tb.ObservationError, match=said):
+        tb.verify(cut_into(4), max_examples=30, seed=0)
+    assert not tb.verify(cut_into(4), max_examples=5, seed=0, chunk=4).broken
+
+
+def test_a_loop_that_never_cuts_is_broken_and_not_taken_for_one_with_a_chunk_of_its_own() -> None:
+    report = tb.verify(cut_into(10**6), max_examples=15, seed=0)
+
+    assert report["chunks_tile_the_sequence"].violations
+
+
+def test_another_loss_than_the_one_trained_on_is_named() -> None:
+    def build(case: tb.Case) -> tb.Subject:
+        return replace(made(TruncatedRNN)(case), loss=l1_loss)
+
+    (cause,) = tb.verify(build, max_examples=15, seed=0)["loss_is_the_chunks_own"].causes
+
+    assert cause.name == "the_loss_is_another_one"
+    assert cause.fix.startswith("Subject(..., loss=...) with the very loss")

@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
         "lines": set(),
         "trace": {"contract", "lines"},
         "state": set(),
-        "batch": {"places", "state"},
+        "batch": {"places", "state", "trace"},
         "subject": {"batch", "case", "contract", "state"},
         "forward": {"process", "state", "subject"},
         "graph": set(),

@@ -248,6 +248,46 @@ class ChunksScaled(right.ChunkPerBatch):
         return loss
 
 
+class RaggedUnmasked(right.Ragged):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        x, y, lengths = batch
+        super().training_step((x, y, torch.full_like(lengths, x.size(1))), batch_idx)
+
+
+class RaggedDropped(right.Ragged):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        x, y, lengths = batch
+        for start in range(0, x.size(1), self.k):
+            now = slice(start, start + self.k)
+            super().training_step((x[:, now], y[:, now], (lengths - start).clamp(0)), batch_idx)
+
+
+class PackedStopsEarly(right.TakesPacked):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        x, y, lengths = batch
+        super().training_step((x, y, (lengths - 1).clamp(1)), batch_idx)
+
+
+class WindowsScoredWhole(right.Windows):
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        x, y = batch
+        for start in range(0, x.size(1), self.k):
+            now = slice(max(0, start - self.further), start + self.k)
+            opt.zero_grad()
+            self.manual_backward(F.mse_loss(self(x[:, now])[0], y[:, now]))
+            opt.step()
+
+
+class WindowsTooShort(right.Windows):
+    further = 1
+
+
+class LastButOneChunk(right.LastChunk):
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        super().training_step((batch[0][:, :-1], batch[1][:, :-1]), batch_idx)
+
+
 # -------------------------------------------------------------------- how far, and when updated
 
 
@@ -585,6 +625,42 @@ BROKEN_SHAPES: dict[str, tuple[str, str, Callable[[Case], nn.Module], str]] = {
         "the gradients of a batch stay for the next one",
         SequenceNeverCleared,
         "events_come_in_a_legal_order",
+    ),
+    "ragged_unmasked": (
+        "ragged",
+        "what is behind a sequence's end counts as well",
+        RaggedUnmasked,
+        "loss_is_the_chunks_own",
+    ),
+    "ragged_dropped": (
+        "ragged",
+        "each chunk starts afresh",
+        RaggedDropped,
+        "state_crosses_every_boundary",
+    ),
+    "packed_stops_early": (
+        "takes_packed",
+        "the last time step of each sequence is left out",
+        PackedStopsEarly,
+        "chunks_tile_the_sequence",
+    ),
+    "windows_scored_whole": (
+        "windows",
+        "the loss is also of the time steps that a window only reaches back to",
+        WindowsScoredWhole,
+        "loss_is_the_chunks_own",
+    ),
+    "windows_too_short": (
+        "windows",
+        "gradients reach one time step less far back than promised",
+        WindowsTooShort,
+        "chunks_tile_the_sequence",
+    ),
+    "last_but_one_chunk": (
+        "last_chunk",
+        "the last time step is never trained on",
+        LastButOneChunk,
+        "chunks_tile_the_sequence",
     ),
     "sequence_updated_by_chunk": (
         "update_per_sequence",

@@ -1053,6 +1053,108 @@ class Packed(Ragged):
             state = state.detach()
 
 
+class TakesPacked(Ragged):
+    """The loop packs the chunks itself, and leaves out sequences that are over."""
+
+    def forward(self, packed: Any, state: Any = None) -> tuple[Tensor, Any]:
+        features, state = self.rnn(packed, state)
+        return self.head(pad_packed_sequence(features, batch_first=True)[0]), state
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        order = batch[2].argsort(descending=True)
+        whole, y, lengths = (part[order] for part in batch)
+        state: Any = None
+        for start in range(0, int(lengths.max()), self.k):
+            left = (lengths[lengths > start] - start).clamp(max=self.k)
+            now = slice(start, start + int(left.max()))
+            x, due = whole[: len(left), now], y[: len(left), now]
+            if state is not None:
+                state = state[:, : len(left)].contiguous()
+            prediction, state = self(pack_padded_sequence(x, left, batch_first=True), state)
+            opt.zero_grad()
+            self.manual_backward(masked_mse(prediction, (due, mask_of(x, left))))
+            opt.step()
+            state = state.detach()
+
+
+class BurnIn(Plain):
+    """Finds the state of each chunk anew, without gradient, from the time steps before it."""
+
+    burn_in = 2
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        x, y = batch
+        for start in range(0, x.size(1), self.k):
+            now, state = slice(start, start + self.k), None
+            if start:
+                with torch.no_grad():
+                    _, state = self(x[:, max(0, start - self.burn_in) : start])
+            prediction, _ = self(x[:, now], state)
+            opt.zero_grad()
+            self.manual_backward(F.mse_loss(prediction, y[:, now]))
+            opt.step()
+
+
+class Windows(Plain):
+    """Each chunk's gradients reach two time steps further back than its loss: k2 = k1 + 2."""
+
+    further = 2
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        x, y = batch
+        for start in range(0, x.size(1), self.k):
+            further = min(self.further, start)
+            prediction, _ = self(x[:, start - further : start + self.k])
+            opt.zero_grad()
+            self.manual_backward(F.mse_loss(prediction[:, further:], y[:, start : start + self.k]))
+            opt.step()
+
+
+class StepwiseWindows(Windows):
+    """The same, with a call of forward for each time step."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        self.cell = nn.GRUCell(case.inputs, case.hidden)
+        del self.rnn
+
+    def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Tensor]:
+        state = self.cell(x, state)
+        return self.head(state), state
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        x, y = batch
+        for start in range(0, x.size(1), self.k):
+            stop, state, predictions = min(start + self.k, x.size(1)), None, []
+            for t in range(max(0, start - self.further), stop):
+                prediction, state = self(x[:, t], state)
+                predictions.append(prediction)
+            its_own = torch.stack(predictions[start - stop :], dim=1)
+            opt.zero_grad()
+            self.manual_backward(F.mse_loss(its_own, y[:, start:stop]))
+            opt.step()
+
+
+class LastChunk(Plain):
+    """Backpropagates through the last chunk alone; the state comes from all before, untrained."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        x, y = batch
+        start, state = max(0, x.size(1) - self.k), None
+        if start:
+            with torch.no_grad():
+                _, state = self(x[:, :start])
+        prediction, _ = self(x[:, start:], state)
+        opt.zero_grad()
+        self.manual_backward(F.mse_loss(prediction, y[:, start:]))
+        opt.step()
+
+
 def ragged_batches(case: Case) -> Batches:
     generator = torch.Generator().manual_seed(case.seed)
     return [
@@ -1379,6 +1481,26 @@ OTHER: dict[str, tuple[str, Callable[[Case], Unusual]]] = {
     "packed": (
         "the same, and forward(x, lengths, state) packs each chunk",
         lambda c: Unusual(Packed(c), masked_mse, ragged_batches(c)),
+    ),
+    "takes_packed": (
+        "the same, and forward(packed, state) gets chunks packed, of the sequences that go on",
+        lambda c: Unusual(TakesPacked(c), masked_mse, ragged_batches(c)),
+    ),
+    "burn_in": (
+        "the state of each chunk is found anew, without gradient, from two time steps before it",
+        usual(BurnIn),
+    ),
+    "windows": (
+        "each chunk's gradients reach two time steps further back than its loss",
+        usual(Windows),
+    ),
+    "stepwise_windows": (
+        "the same, with a call of forward for each time step",
+        usual(StepwiseWindows),
+    ),
+    "last_chunk": (
+        "only the last chunk of a sequence is trained on",
+        usual(LastChunk),
     ),
     "named_batches": (
         "a batch is a named tuple (target, input)",
