@@ -150,6 +150,7 @@ class Outcome:
     left: Tensors = field(default_factory=dict)  # those and this chunk's, as backward left them
     returned: bool = False  # gradients were handed back to the loop, which left them nowhere
     idle: str = ""  # why an update by hand may have been made, and could not be seen
+    besides: frozenset[str] = frozenset()  # parameters with a way to the loss past forward
 
     @property
     def met(self) -> Tensors:
@@ -173,6 +174,7 @@ class Chunk:
     pieces: tuple[Span, ...] = ()  # where one backward ran over calls that are cut apart
     moved: bool = True  # its update changed some parameter
     index: int = 0  # which of its batch's chunks it is
+    padded: bool = False  # with rows from outside the batch, on which its loss does not depend
     adds_up: bool = False  # its gradients are promised to stay for the next chunk's update
 
     def __str__(self) -> str:

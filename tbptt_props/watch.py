@@ -33,7 +33,14 @@ from tbptt_props.batch import Batch
 from tbptt_props.byhand import BY_HAND, Rate
 from tbptt_props.compare import difference, same, scaling
 from tbptt_props.forward import Arguments, Forward
-from tbptt_props.graph import any_within, nodes_behind, numbers_behind, sequence_number
+from tbptt_props.graph import (
+    any_within,
+    mark,
+    nodes_behind,
+    numbers_behind,
+    sequence_number,
+    variables_past,
+)
 from tbptt_props.places import lanes_of, locate, span_of, time_first
 from tbptt_props.process import Hung, Watchdog, randomness
 from tbptt_props.state import leaves, value_of
@@ -51,6 +58,8 @@ from tbptt_props.trace import (
     Span,
     Tensors,
 )
+
+_PREDICTION = "tbptt prediction"  # marks its node in the graph
 
 
 class _Canary:
@@ -108,6 +117,7 @@ class _LiveCall:
     canaries: list[weakref.ref[_Canary]] = field(default_factory=list)
     cotangent: Tensor | None = None
     feeding: frozenset[str] = frozenset()  # parameters from which the incoming state is made
+    embedding: frozenset[str] = frozenset()  # and those from which the inputs are
     hands_on_a_graph: bool = False  # the state it returned has one
     interrupted: bool = False  # an update came after it and before its backward
     step: object | None = None  # the optimizer step inside which it ran, if any
@@ -123,6 +133,7 @@ class _Asked:
     loss: float
     returned: Tensors  # those by parameters
     spent: bool  # no other backward can come: the graph is gone
+    besides: frozenset[str]  # parameters that the loss reaches past the predictions
 
 
 @dataclass(eq=False)
@@ -152,6 +163,7 @@ class _LiveChunk:
     left: Tensors = field(default_factory=dict)
     returned: bool = False
     idle: str = ""
+    besides: frozenset[str] = frozenset()
 
 
 class Watch:
@@ -398,13 +410,16 @@ class Watch:
             places=places,
             attached=oldest,
             feeding=self._feeding([leaf for leaf in leaves(state).values() if leaf.requires_grad]),
+            embedding=self._feeding(
+                [leaf for leaf in leaves(arguments.x).values() if leaf.requires_grad]
+            ),
             step=self.steps[-1][0] if self.steps else None,
         )
 
-    def _feeding(self, state: list[Tensor]) -> frozenset[str]:
-        """Name the parameters that an attached state is made from: a learned initial state."""
-        found = {id(leaf) for leaf in state if leaf.is_leaf}
-        for node in nodes_behind([leaf for leaf in state if leaf.grad_fn is not None]):
+    def _feeding(self, attached: list[Tensor]) -> frozenset[str]:
+        """Name the parameters that attached arguments are made from: a learned initial state."""
+        found = {id(leaf) for leaf in attached if leaf.is_leaf}
+        for node in nodes_behind([leaf for leaf in attached if leaf.grad_fn is not None]):
             variable = getattr(node, "variable", None)
             if variable is not None:
                 found.add(id(variable))
@@ -485,6 +500,8 @@ class Watch:
             self.announced.clear()
             self.tentative = None
             chunk = self._chunk_of(numbers)
+            if chunk is not None:
+                chunk.besides |= self._besides(roots)
         if chunk is None:
             return run()
         self._refuse_odd_losses(roots)
@@ -503,6 +520,13 @@ class Watch:
             chunk.events.append("backward")
             self._note_update_by_hand()  # a hook may have made it in the midst of backward
         return result
+
+    def _besides(self, roots: list[Tensor]) -> frozenset[str]:
+        """Name the parameters that a loss that is not known reaches past all predictions."""
+        if self.subject.loss is not None:
+            return frozenset()
+        past = variables_past(roots, _PREDICTION)
+        return frozenset(self.names[i] for i in past if i in self.names)
 
     @contextlib.contextmanager
     def _catching_gradients(self) -> Iterator[dict[str, Tensor]]:
@@ -537,6 +561,7 @@ class Watch:
             numbers = numbers_behind(roots)
             calls = [c for c in self.open if any_within(numbers, c.opened, c.closed)]
         with self._gathering() as gathered:
+            besides = self._besides(roots)
             try:
                 result = run()
             except Exception:
@@ -553,6 +578,7 @@ class Watch:
                     loss=sum(float(root.detach().sum()) for root in roots),
                     returned=returned,
                     spent=spent,
+                    besides=besides,
                 )
         return result
 
@@ -585,8 +611,9 @@ class Watch:
         for tensor in (prediction, *after):
             if tensor.grad_fn is not None:
                 canary = _Canary()
-                tensor.grad_fn.metadata["tbptt"] = canary  # type: ignore[index]
+                mark(tensor, "tbptt", canary)
                 live.canaries.append(weakref.ref(canary))
+        mark(prediction, _PREDICTION)
 
         def take(cotangent: Tensor) -> None:
             gathered = self.gathered
@@ -610,6 +637,7 @@ class Watch:
         chunk.events.append("backward")
         chunk.dirty = ()  # they were put in the place of whatever was there
         chunk.loss = asked.loss
+        chunk.besides |= asked.besides
         if self.by_hand:
             chunk.gradients, chunk.returned, chunk.standing = asked.returned, True, {}
         else:
@@ -691,6 +719,7 @@ class Watch:
             updated_by=[id(optimizer) for optimizer, _ in early],
             moved=followed,
             states=[calls[-1].call.state_after],
+            besides=frozenset().union(*(call.embedding for call in calls)),
         )
         if self.subject.contract.adds_up and not self._opens():
             chunk.standing = {n: g for n, g in self._gradients(handed=None).items() if g.any()}
@@ -736,10 +765,17 @@ class Watch:
     # Update ---------------------------------------------------------------------------------
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        if self._elsewhere() or not self._owned(optimizer):
+        if self._elsewhere() or not self._owned(optimizer) or self._is_inner(optimizer):
             return None
         with self._own_code():
             return self._met(optimizer, args, kwargs)
+
+    def _is_inner(self, optimizer: Optimizer) -> bool:
+        """Tell whether an optimizer that wraps this one is making its own update by it."""
+        return any(
+            outer is not optimizer and {*self._owned(optimizer)} <= {*self._owned(outer)}
+            for _, outer, _ in self.steps
+        )
 
     def _met(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         self.watchdog.fed()
@@ -976,6 +1012,7 @@ class Watch:
                 left=live.left,
                 returned=live.returned,
                 idle=live.idle,
+                besides=live.besides,
             ),
             starts_batch=live.starts_batch,
             evaluations=live.evaluations,
@@ -984,6 +1021,7 @@ class Watch:
             moved=_has_moved(live.rules),
             index=live.index,
             adds_up=self.subject.contract.adds_up,
+            padded=_is_padded(live.calls),
         )
 
     def _target(self, live: _LiveChunk, places: Tensor | None) -> Any:
@@ -1063,6 +1101,21 @@ def _joined(calls: list[_LiveCall]) -> Tensor | None:
     return torch.cat(found, dim=dim) if len(others) == 1 else None
 
 
+def _is_padded(calls: Sequence[_LiveCall]) -> bool:
+    """Tell whether rows from outside the batch came in, and the loss depends on none of them."""
+    if not any(call.places is not None and bool((call.places < 0).any()) for call in calls):
+        return False
+    for call in calls:
+        if call.places is None or call.cotangent is None:
+            return False
+        outside = (call.places < 0).any(dim=-1)
+        if call.cotangent.shape[: outside.dim()] != outside.shape:
+            return False
+        if bool(call.cotangent[outside].any()):
+            return False
+    return True
+
+
 def _is_one_each(batch: Batch, calls: Sequence[_LiveCall], places: Tensor) -> bool:
     """Tell whether there is a target for each sequence, where (B, O) looks like (B, T).
 
@@ -1070,6 +1123,8 @@ def _is_one_each(batch: Batch, calls: Sequence[_LiveCall], places: Tensor) -> bo
     """
     targets = batch.targets
     if not isinstance(targets, Tensor) or targets.dim() != 2 or not batch.by_step:
+        return False
+    if not targets.is_floating_point():  # classes: (B * K, C) predictions may look like (B, T)
         return False
     predicted = [None if c.call.prediction is None else c.call.prediction.shape for c in calls]
     one_each = (len(lanes_of(places)), targets.shape[1])
