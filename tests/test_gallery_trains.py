@@ -273,6 +273,7 @@ PAIRS: dict[str, Callable[[Case, Batches], list[tuple[Tensor, Tensor]]]] = {
     "target_per_sequence": lambda _, batches: repeated_target(batches),
     "episode_mask": lambda _, batches: with_mask(batches),
     "named_batches": lambda case, _: case.tensors(),
+    "frames": lambda _, batches: [(video[:, :-1], video[:, 1:]) for video in batches],
     "next_input": lambda _, batches: [
         (x[:-1].transpose(0, 1), x[1:].transpose(0, 1)) for x in batches
     ],
@@ -291,6 +292,17 @@ BY_ANOTHER_PLAN = {
     "packed",
     "speaker_ids",
     "running_average",
+    "warmed_up",
+    "penalized",
+    "looks_ahead",
+    "unfreezes",
+    "spectrally_normed",
+    "clips_in_backward",
+    "clips_units",
+    "whole_chunks",
+    "embeds_outside",
+    "masked_tail",
+    "flat_tokens",
 }
 
 
