@@ -390,7 +390,9 @@ def each_chunk_draws_its_own_randomness(link: Link) -> Iterator[Finding]:
         yield NotJudged("a forward that draws random numbers, and two chunks")
         return
     one, other = _outcome(link).randomness, link.before.outcome
-    if other is not None and one is not None and torch.equal(one, other.randomness):
+    if other is not None and not other.drew:  # a mask, say, that was drawn before and is kept
+        yield NotJudged("two chunks that draw random numbers")
+    elif other is not None and one is not None and torch.equal(one, other.randomness):
         where = f"{link.chunk}, random numbers"
         yield Violation(where, f"those of {_beside(link.chunk, link.before)} again", "new ones")
 

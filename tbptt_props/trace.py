@@ -145,6 +145,7 @@ class Outcome:
     scaled: tuple[tuple[float, float], ...] = ()  # by what, to which norm, before each update
     optimizers: tuple[frozenset[str], ...] = ()  # parameters of each that is known to train
     randomness: Any = None  # of torch, before forward
+    drew: bool = True  # forward took some of it
     complete: bool = True  # backward came to its end
     standing: Tensors = field(default_factory=dict)  # gradients of chunks that share the update
     left: Tensors = field(default_factory=dict)  # those and this chunk's, as backward left them

@@ -118,6 +118,7 @@ class _LiveCall:
     cotangent: Tensor | None = None
     feeding: frozenset[str] = frozenset()  # parameters from which the incoming state is made
     embedding: frozenset[str] = frozenset()  # and those from which the inputs are
+    drew: bool = False  # random numbers
     hands_on_a_graph: bool = False  # the state it returned has one
     interrupted: bool = False  # an update came after it and before its backward
     step: object | None = None  # the optimizer step inside which it ran, if any
@@ -369,6 +370,7 @@ class Watch:
         live.opened = sequence_number()
         returned = original(*args, **kwargs)
         live.closed = sequence_number()
+        live.drew = not torch.equal(torch.get_rng_state(), live.snapshot.randomness[0])
         prediction, after = self._came_out(returned, arguments, before)
         with self._own_code():
             self.last_state = value_of(after)
@@ -1007,6 +1009,7 @@ class Watch:
                 ),
                 optimizers=tuple(frozenset(self._owned(o)) for o in self.training.optimizers),
                 randomness=first.snapshot.randomness[0],
+                drew=any(call.drew for call in live.calls),
                 complete=live.complete,
                 standing=live.standing,
                 left=live.left,
