@@ -23,6 +23,8 @@ def locate(x: Tensor, live: Any, pristine: Tensor) -> Tensor | None:
     it is found by its memory, also where its numbers are not unique or have been changed.
     """
     if isinstance(live, Tensor) and live.shape == pristine.shape:
+        if live.dim() == 2 and x.dim() == 3 and x.shape[-1] == 1:  # numbers made a single feature
+            x = x.squeeze(-1)
         places = _by_memory(x, live)
         if places is not None:
             return places
