@@ -364,6 +364,8 @@ class Watch:
             before = {} if self.calls_ever else self.forward.candidates()
             self.calls_ever += 1
             self.watchdog.called(arguments.x)
+            if self.calls_ever == 1:
+                self._require_a_state(arguments)
             live = self._opened(arguments)
         if self.initial_state is None:
             self.initial_state = live.call.state
@@ -382,6 +384,30 @@ class Watch:
                 self._look_after(live, prediction, leaves(after).values())
                 self.open.append(live)
         return returned
+
+    def _require_a_state(self, arguments: Arguments) -> None:
+        """Refuse a part of the batch where the state is looked for: targets, say, or a mask."""
+        if self.subject.state or not self._is_of_the_batch(arguments.state):
+            return
+        _, named = arguments.others
+        further = self.forward.parameters[2:]
+        found = next((n for n in further if not self._is_of_the_batch(named.get(n))), None)
+        if found is None:
+            return
+        self.problem = WiringError(
+            f"{type(self.module).__name__}.{self.subject.forward} takes a part of the batch as its "
+            f"second argument, where the state is looked for: say which one is the state with "
+            f"Subject(..., state={found!r})",
+            {"state": (found,)},
+        )
+        raise self.problem
+
+    def _is_of_the_batch(self, value: Any) -> bool:
+        if not isinstance(value, Tensor) or self.live_batch is None or not value.numel():
+            return False
+        place = value.untyped_storage().data_ptr()
+        parts = leaves(self.live_batch.whole).values()
+        return any(part.untyped_storage().data_ptr() == place for part in parts)
 
     def _opened(self, arguments: Arguments) -> _LiveCall:
         """Write down what a call of forward starts from."""
