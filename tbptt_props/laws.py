@@ -495,6 +495,13 @@ def _of_whole(batch: Batch, chunk: Chunk) -> Chunk:
         x, target = batch.inputs, batch.targets
         if called.dim() < x.dim() and x.shape[1] == 1:  # forward takes one time step, without time
             x, target = _laid_out(lambda t: t[:, 0], x, target)
+        elif x.dim() == 2 and called.dim() == 3 and called.shape[-1] == 1:  # as a single feature
+            x = (x.transpose(0, 1) if swapped else x).unsqueeze(-1)
+            target = (
+                _laid_out(lambda t: t.transpose(0, 1), batch.inputs, target)[1]
+                if swapped
+                else target
+            )
         elif swapped:
             x, target = _laid_out(lambda t: t.transpose(0, 1), x, target)
         given = replace(given, calls=(replace(given.calls[0], x=x),), target=target)
