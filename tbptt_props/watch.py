@@ -217,6 +217,7 @@ class Watch:
         self.last_state: Any = None
         self.initial_state: Any = None
         self.busy = False
+        self.used_up: dict[str, Tensor] | None = None  # gradients, in the midst of a backward
         self.gathered: dict[_LiveCall, Tensor] | None = None
         self.thread = threading.get_ident()
         self.before_call: Callable[[Watch, Tensor | None, Any], None] | None = None
@@ -530,22 +531,26 @@ class Watch:
             chunk = self._chunk_of(numbers)
             if chunk is not None:
                 chunk.besides |= self._besides(roots)
+                if chunk.complete:  # a second loss: what was cleared since the first is clear
+                    chunk.dirty = tuple(n for n in chunk.dirty if self._has_gradient(n))
         if chunk is None:
             return run()
         self._refuse_odd_losses(roots)
         if self.lightning_updates is not None:
             chunk.through_lightning = through and chunk.through_lightning is not False
+        before = len(chunk.events)
         with self._gathering() as gathered, self._catching_gradients() as caught:
             result = run()
         with self._own_code():
             if chunk.evaluations == 1:
                 for call, cotangent in gathered.items():
-                    before = call.cotangent
-                    call.cotangent = cotangent if before is None else before + cotangent
+                    earlier = call.cotangent
+                    call.cotangent = cotangent if earlier is None else earlier + cotangent
                 chunk.loss += sum(float(root.detach()) for root in roots)
-                self._take_gradients(chunk, {n: g for n, g in caught.items() if self._moved(n)})
+                used = {n: g for n, g in caught.items() if not self.by_hand or self._moved(n)}
+                self._take_gradients(chunk, used)
                 chunk.complete = True
-            chunk.events.append("backward")
+            chunk.events.insert(before, "backward")  # updates may have been made by its hooks
             self._note_update_by_hand()  # a hook may have made it in the midst of backward
         return result
 
@@ -565,7 +570,13 @@ class Watch:
                 if self.by_hand and parameter.requires_grad:
                     catch = functools.partial(caught.__setitem__, name)
                     undo.callback(parameter.register_hook(catch).remove)  # type: ignore[no-untyped-call]
+            self.used_up = caught
             yield caught
+            self.used_up = None
+
+    def _has_gradient(self, name: str) -> bool:
+        gradient = self.module.get_parameter(name).grad
+        return gradient is not None and bool(gradient.any())
 
     def _moved(self, name: str) -> bool:
         """Tell whether a parameter is not as it was when it was last looked at."""
@@ -840,6 +851,8 @@ class Watch:
         names = set(self._owned(optimizer))
         known = (self.current.left or self.current.gradients) if self.current else None
         gradients = self._gradients(handed=known)
+        if self.used_up is not None:  # a hook of backward's makes the update, and may clear them
+            self.used_up.update({n: g for n, g in gradients.items() if n in names})
         return Rule(
             optimizer=optimizer,
             groups=tuple(
