@@ -382,7 +382,9 @@ class Watch:
             )
             live.hands_on_a_graph = any(leaf.grad_fn for leaf in leaves(after).values())
             if prediction.grad_fn is not None:
-                self._look_after(live, prediction, leaves(after).values())
+                # What `outputs` made of it may not be behind what the loop keeps.
+                raw = leaves(returned).values() if self.subject.outputs else ()
+                self._look_after(live, prediction, (*leaves(after).values(), *raw))
                 self.open.append(live)
         return returned
 
@@ -464,7 +466,7 @@ class Watch:
     def _came_out(
         self, returned: Any, arguments: Arguments, before: Mapping[str, Any]
     ) -> tuple[Tensor, Any]:
-        found = self.forward.came_out(returned)
+        found = self._made_a_pair(returned)
         if found is not None and (
             arguments.has_state or self.calls_ever > 1 or self.forward.parameters[1:]
         ):
@@ -482,6 +484,21 @@ class Watch:
             {"state": guessed} if guessed else {},
         )
         raise self.problem
+
+    def _made_a_pair(self, returned: Any) -> tuple[Tensor, Any] | None:
+        """Return (prediction, state); what `outputs` raises is no fault of the loop's."""
+        if self.subject.outputs is None:
+            return self.forward.came_out(returned)
+        try:
+            found = self.forward.came_out(returned)
+        except Exception as error:
+            raise self._fail(f"outputs raised {_told(error)} on {_kind(returned)}") from error
+        if found is None:
+            raise self._fail(
+                "outputs must return a pair (prediction, state) whose prediction is one tensor: "
+                "join several along their features, with torch.cat"
+            )
+        return found
 
     def _fail(self, message: str) -> ObservationError:
         """Keep the error too, for a loop that swallows exceptions."""
@@ -1203,6 +1220,10 @@ def _as_places(places: Tensor | None) -> tuple[Place, ...]:
     if places is None:
         return ()
     return tuple((int(b), int(t)) for b, t in places.reshape(-1, 2).tolist())
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _kind(value: Any) -> str:
