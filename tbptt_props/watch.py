@@ -208,6 +208,7 @@ class Watch:
         self.lightning_updates: Callable[[], int] | None = None
         self.updates = 0
         self.tentative: _Asked | None = None
+        self.made: list[weakref.ref[Optimizer]] = []  # optimizers, while training
         self.optimized = False  # an optimizer of the module's was met
         self.moved_by_hand: set[str] = set()
         self.rate = Rate()  # of updates by hand
@@ -350,6 +351,7 @@ class Watch:
         def made(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
             original(optimizer, *args, **kwargs)
             self.optimized = self.optimized or bool(self._owned(optimizer))
+            self.made.append(weakref.ref(optimizer))
 
         kind.__init__ = made
         try:
@@ -861,6 +863,11 @@ class Watch:
             if id(p) in self.names
         ]
 
+    def _optimizers(self) -> Sequence[Optimizer]:
+        """Return those that are known to train the module, or that training itself has made."""
+        alive = (ref() for ref in self.made)
+        return self.training.optimizers or [o for o in alive if o is not None]
+
     def _rule(self, optimizer: Optimizer) -> Rule:
         """Write down what an update is about to go by."""
         self._take_tentative()
@@ -1063,7 +1070,7 @@ class Watch:
                 scaled=tuple(
                     scaling(live.left or live.gradients, rule.handed) for rule in live.rules
                 ),
-                optimizers=tuple(frozenset(self._owned(o)) for o in self.training.optimizers),
+                optimizers=tuple(frozenset(self._owned(o)) for o in self._optimizers()),
                 randomness=first.snapshot.randomness[0],
                 drew=any(call.drew for call in live.calls),
                 complete=live.complete,
