@@ -195,6 +195,7 @@ WIRED: dict[str, dict[str, Any]] = {
     "mean_of_two": {"contract": tb.Contract(update=2, weight="mean")},
     "random_lengths": {"contract": tb.Contract(lengths="any")},
     "growing_lengths": {"contract": tb.Contract(lengths=growing)},
+    "takes_the_iterator": {"contract": tb.Contract(update="batch")},
     "penalized": {"outputs": lambda out: out[:2]},
     "whole_chunks": {"contract": tb.Contract(tail="drop")},
     "frames": {"parts": lambda video: (video[:, :-1], video[:, 1:])},

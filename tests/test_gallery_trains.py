@@ -261,6 +261,7 @@ WIRING = {
     "plain_pytorch": Recipe(
         configure=lambda m: optim.SGD(m.parameters(), lr=0.1, momentum=0.9),
     ),
+    "within_backward": Recipe(configure=lambda m: optim.SGD(m.parameters(), lr=0.1)),
     "fabric": Recipe(configure=lambda m: optim.Adam(m.parameters(), lr=0.01)),
 }
 
@@ -303,6 +304,11 @@ BY_ANOTHER_PLAN = {
     "embeds_outside",
     "masked_tail",
     "flat_tokens",
+    "locked_dropout",
+    "loss_in_forward",
+    "single_feature",
+    "takes_the_iterator",
+    "state_in_slots",
 }
 
 

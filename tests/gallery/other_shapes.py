@@ -1241,6 +1241,127 @@ def flat_loss(logits: Tensor, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits, ids.reshape(-1))
 
 
+class LockedDropout(Plain):
+    """One mask for the whole sequence, drawn by its first chunk and carried in the state."""
+
+    def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        h, mask = (None, None) if state is None else state
+        features, h = self.rnn(x, h)
+        if mask is None:
+            mask = torch.bernoulli(torch.full_like(features[:, :1], 0.7)) / 0.7
+        return self.head(features * mask.detach()), (h, mask.detach())
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        state: Any = None
+        for x, y in zip(*(b.split(self.k, dim=1) for b in batch), strict=True):
+            prediction, state = self(x, state)
+            opt.zero_grad()
+            self.manual_backward(F.mse_loss(prediction, y))
+            opt.step()
+            state = tuple(s.detach() for s in state)
+
+
+class LossInForward(Plain):
+    """Takes the targets as forward's second argument, and returns the loss."""
+
+    def forward(self, x: Tensor, y: Tensor, memory: Any = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        features, memory = self.rnn(x, memory)
+        return F.mse_loss(self.head(features), y), memory
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        memory: Any = None
+        for x, y in zip(*(b.split(self.k, dim=1) for b in batch), strict=True):
+            loss, memory = self(x, y, memory)
+            opt.zero_grad()
+            self.manual_backward(loss)
+            opt.step()
+            memory = memory.detach()
+
+
+class SingleFeature(Plain):
+    """Batches are numbers (B, T), of which the loop makes a single feature."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(replace(case, inputs=1, outputs=1))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        state: Any = None
+        for x, y in zip(*(b.split(self.k, dim=1) for b in batch), strict=True):
+            prediction, state = self(x.unsqueeze(-1), state)
+            opt.zero_grad()
+            self.manual_backward(F.mse_loss(prediction.squeeze(-1), y))
+            opt.step()
+            state = state.detach()
+
+
+class TakesTheIterator(SummedLosses):
+    """Lightning hands it its iterator, and it takes a batch from it."""
+
+    def training_step(self, dataloader_iter: Any) -> None:  # type: ignore[override]
+        batch, batch_idx, _ = next(dataloader_iter)
+        super().training_step(batch, batch_idx)
+
+
+class SlottedState:
+    """A state that keeps its tensors in slots."""
+
+    __slots__ = ("c", "h")
+
+    def __init__(self, h: Tensor, c: Tensor) -> None:
+        self.h = h
+        self.c = c
+
+
+class StateInSlots(LightningModule):
+    """An LSTM whose state is an object of its own."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.k = case.chunk
+        self.lstm = nn.LSTM(case.inputs, case.hidden, batch_first=True)
+        self.head = nn.Linear(case.hidden, case.outputs)
+
+    def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, SlottedState]:
+        features, (h, c) = self.lstm(x, state and (state.h, state.c))
+        return self.head(features), SlottedState(h, c)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        state: Any = None
+        for x, y in zip(*(b.split(self.k, dim=1) for b in batch), strict=True):
+            prediction, state = self(x, state)
+            opt.zero_grad()
+            self.manual_backward(F.mse_loss(prediction, y))
+            opt.step()
+            state = SlottedState(state.h.detach(), state.c.detach())
+
+    def configure_optimizers(self) -> optim.Optimizer:
+        return optim.Adam(self.parameters(), lr=0.01)
+
+
+def train_within_backward(model: nn.Module, batches: Batches, *, bptt: int) -> None:
+    """Update each parameter as soon as its gradient is there, and free it."""
+    made = {p: optim.SGD([p], lr=0.1) for p in model.parameters()}
+
+    def update(parameter: Tensor) -> None:
+        made[parameter].step()  # type: ignore[index]
+        made[parameter].zero_grad()  # type: ignore[index]
+
+    hooks = [p.register_post_accumulate_grad_hook(update) for p in model.parameters()]
+    for x, y in batches:
+        state = None
+        for start in range(0, x.size(1), bptt):
+            prediction, state = model(x[:, start : start + bptt], state)
+            F.mse_loss(prediction, y[:, start : start + bptt]).backward()
+            state = state.detach()
+    for hook in hooks:
+        hook.remove()
+
+
 def growing(steps: int) -> list[int]:
     """Return 1, 2, 3, ... that add up to `steps`; the last may be less."""
     lengths: list[int] = []
@@ -1753,5 +1874,24 @@ OTHER: dict[str, tuple[str, Callable[[Case], Unusual]]] = {
     "flat_tokens": (
         "a batch is ids (T + 1, B), and forward returns predictions (K * B, V)",
         lambda c: Unusual(FlatTokens(c), flat_loss, [i.t().contiguous() for i in token_batches(c)]),
+    ),
+    "locked_dropout": ("a mask for the whole sequence is part of the state", usual(LockedDropout)),
+    "loss_in_forward": (
+        "forward(x, y, memory) returns (loss, memory)",
+        lambda c: Unusual(LossInForward(c), None, c.tensors()),
+    ),
+    "single_feature": (
+        "a batch is (B, T) and (B, T); the loop makes a single feature of its numbers",
+        lambda c: Unusual(
+            SingleFeature(c),
+            lambda prediction, y: F.mse_loss(prediction.squeeze(-1), y),
+            [(x[..., 0].contiguous(), y[..., 0].contiguous()) for x, y in c.tensors()],
+        ),
+    ),
+    "takes_the_iterator": ("training_step(dataloader_iter)", usual(TakesTheIterator)),
+    "state_in_slots": ("the state is an object with slots", usual(StateInSlots)),
+    "within_backward": (
+        "hooks make each parameter's update in the midst of backward",
+        trained_by(train_within_backward),
     ),
 }
