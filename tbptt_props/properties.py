@@ -558,15 +558,19 @@ def _neither_carried_nor_fresh(
 ) -> Iterator[Finding]:
     """Find a row of the state that neither goes on from the chunk before nor starts afresh."""
     others = list(fresh.values())
+    goes_on = False
     for (path, leaf), due in zip(found.items(), carried.values(), strict=False):
         if leaf.dim() == 0 or leaf.shape != due.shape:
             continue
         for row, went_on in zip(*(t.reshape(-1, t.shape[-1]) for t in (leaf, due)), strict=True):
+            goes_on = goes_on or (same(row, went_on) and bool(row.any()))
             if same(row, went_on) or not bool(row.any()) or _has_row(others, row):
                 continue
             wrong = difference(path, row, went_on)
             yield Violation(f"{chunk}, incoming {wrong.entry}", *wrong.told)
             return
+    if not goes_on:  # flags may say so; but then nothing was carried
+        yield NotJudged("a sequence that goes on from one chunk to the next")
 
 
 def _row_in_common(leaf: Tensor, old: Sequence[Tensor], fresh: Sequence[Tensor]) -> Tensor | None:
