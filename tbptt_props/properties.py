@@ -625,15 +625,17 @@ def _share(link: Link) -> float:
     outcome, due = _outcome(link), link.expected.loss
     promised = link.share * due if due else 0.0
     factor = outcome.loss / promised if promised else 1.0
-    if near(factor, 1.0, dtype=_dtype(link)) or factor <= 0 or not outcome.rules:
+    if near(factor, 1.0, dtype=_dtype(link)) or not 0 < factor < torch.inf:
         return link.share
-    divided = all(
-        close(g * factor, outcome.met[name])
+    pairs = [
+        (g, outcome.met[name])
         for rule in outcome.rules
         for name, g in rule.handed.items()
         if name in outcome.met
-    )
-    return link.share * factor if divided and not _cleared(outcome) else link.share
+    ]
+    some = any(bool(g.any()) for g, _ in pairs)  # a gradient of zero tells no factor
+    divided = some and all(close(g * factor, before) for g, before in pairs)
+    return link.share * factor if divided else link.share
 
 
 def _updated(outcome: Outcome) -> frozenset[str]:
