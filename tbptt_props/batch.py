@@ -150,6 +150,12 @@ def first_two(whole: Any) -> tuple[Tensor, Any]:
     tensors = list(leaves(whole).values())
     if not tensors:
         raise ValueError("holds no tensor")
+    if isinstance(whole, (tuple, list)) and len(whole) > 1 and all(map(_is_several, whole)):
+        raise ValueError(  # chunks cut by the loader, say, or several inputs and several targets
+            "must hold a tensor of inputs and one of targets, got "
+            f"{len(whole)} parts that hold several each: say which they are, of the whole "
+            "sequence, with Subject(..., parts=...)"
+        )
     inputs, targets, *others = [*tensors, None][: max(2, len(tensors))]
     assert inputs is not None
     by_step = [t is not None and t.shape[:2] == inputs.shape[:2] for t in (targets, *others)]
@@ -160,6 +166,10 @@ def first_two(whole: Any) -> tuple[Tensor, Any]:
             "with Subject(..., parts=...)"
         )
     return inputs, targets
+
+
+def _is_several(part: Any) -> bool:
+    return not isinstance(part, Tensor) and len(leaves(part)) > 1
 
 
 def _checked(parts: Any) -> tuple[Tensor, Any]:

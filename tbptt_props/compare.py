@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TypedDict
 
 import torch
@@ -113,7 +113,10 @@ def worst(found: Tensors, due: Tensors, *, bitwise: bool = False) -> Iterator[Di
 
 
 def is_clipped(gradients: Tensors, handed: Tensors) -> bool:
-    """Tell whether gradients were shrunk as clipping does: each by one factor, or at one height.
+    """Tell whether gradients were shrunk as clipping does.
+
+    Each tensor, or each of its rows, by one factor; or at one height; or all by one factor and then
+    at one height.
 
     False where they were not changed at all, nor where they were cleared.
     """
@@ -121,10 +124,34 @@ def is_clipped(gradients: Tensors, handed: Tensors) -> bool:
     if not changed or not any(bool(g.any()) for g in handed.values()):
         return False
     height = max(float(g.abs().max()) for g in changed.values() if g.numel())
+    factor = _largest_factor(
+        [(gradients[name], g) for name, g in handed.items() if name in gradients]
+    )
     return height > 0 and all(
-        _scaled_down(gradients[name], g) or close(g, gradients[name].clamp(-height, height))
+        _scaled_down(gradients[name], g)
+        or close(g, gradients[name].clamp(-height, height))
+        or (factor < 1 and close(g, (gradients[name] * factor).clamp(-height, height)))
+        or _rows_scaled_down(gradients[name], g)
         for name, g in changed.items()
     )
+
+
+def _largest_factor(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Return the largest factor by which an entry was multiplied."""
+    factors = [
+        float((after / before)[before != 0].abs().max()) for before, after in pairs if before.any()
+    ]
+    return max(factors, default=1.0)
+
+
+def _rows_scaled_down(before: Tensor, after: Tensor) -> bool:
+    """Tell whether each unit's weights were shrunk by a factor of their own, or left."""
+    if before.dim() < 2 or not before.numel():
+        return False
+    rows, shrunk = (tensor.reshape(len(tensor), -1) for tensor in (before, after))
+    norms = rows.norm(dim=1, keepdim=True)
+    factors = torch.where(norms > 0, shrunk.norm(dim=1, keepdim=True) / norms, 1.0)
+    return bool(((factors > 0) & (factors <= 1 + 1e-9)).all()) and close(shrunk, rows * factors)
 
 
 def _scaled_down(before: Tensor, after: Tensor) -> bool:

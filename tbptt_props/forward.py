@@ -50,6 +50,7 @@ class Forward:
         )
         self.handed = tuple(n for n in subject.state if self._takes(n))
         self.kept = tuple(n for n in subject.state if n not in self.handed)
+        self.met: set[str] = set()  # those of them that the module was seen to have
         others = [name for name in self.parameters if name not in self.handed]
         self.inputs = next(iter(others), "")
         if not subject.state:
@@ -156,6 +157,7 @@ class Forward:
 
     def _read(self) -> dict[str, Any]:
         found = {name: resolve(self.module, name) for name in self.kept}
+        self.met |= {name for name in self.kept if _has(self.module, name)}
         return {name: _own(value) for name, value in found.items() if value is not None}
 
     def _write(self, state: Mapping[str, Any]) -> None:
@@ -239,6 +241,11 @@ class Forward:
                 return False
             outcomes.append(value_of(leaves(returned)))
         return not _alike(*outcomes)
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    head, _, tail = name.rpartition(".")
+    return hasattr(resolve(module, head) if head else module, tail)
 
 
 def _own(value: Any) -> Any:

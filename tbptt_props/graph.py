@@ -24,6 +24,31 @@ def nodes_behind(roots: Iterable[Tensor]) -> set[Any]:
     return seen
 
 
+def mark(tensor: Tensor, name: str, value: object = True) -> None:
+    """Hang a value into a tensor's node, to be found there by name."""
+    if tensor.grad_fn is not None:
+        tensor.grad_fn.metadata[name] = value  # type: ignore[index]
+
+
+def variables_past(roots: Iterable[Tensor], name: str) -> set[int]:
+    """Return the ids of the variables behind `roots` that a path leads to past all nodes marked."""
+    waiting = [root.grad_fn for root in roots if root.grad_fn is not None]
+    seen: set[Any] = set(waiting)
+    found = set()
+    while waiting:
+        node = waiting.pop()
+        if name in node.metadata:  # type: ignore[operator]
+            continue
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found.add(id(variable))
+        for further, _ in node.next_functions:
+            if further is not None and further not in seen:
+                seen.add(further)
+                waiting.append(further)
+    return found
+
+
 def numbers_behind(roots: Iterable[Tensor]) -> list[int]:
     """Return the sequence numbers of all nodes behind `roots`, sorted; parameters have none.
 

@@ -21,8 +21,9 @@ from tbptt_props.case import Case
 from tbptt_props.compare import clipped, is_clipped, same, same_leaves
 from tbptt_props.contract import Contract
 from tbptt_props.forward import Arguments, Forward
+from tbptt_props.places import span_of
 from tbptt_props.process import Watchdog, randomness, set_randomness
-from tbptt_props.rederivation import apply_rule, put_buffer, rederive
+from tbptt_props.rederivation import apply_rule, put_buffer, rederive, wraps_another
 from tbptt_props.state import leaves, map_tensors, same_layout, value_of
 from tbptt_props.subject import Subject
 from tbptt_props.trace import Chunk, Ending, Rerun, Rule, Span, Tensors, time_dimension
@@ -42,6 +43,7 @@ class Checkpoint:
     parameters: Tensors
     buffers: Tensors
     attributes: Mapping[str, Mapping[str, Any]]
+    trainable: frozenset[str]  # parameters that want a gradient as the batch begins
     graded: frozenset[str]  # parameters that have a gradient, be it zero
     memory: tuple[Any, ...]  # state of each optimizer
     schedules: tuple[Any, ...]
@@ -63,6 +65,7 @@ class Bookmarks:
     contract: Contract = field(default_factory=Contract)
     boundary: Checkpoint | None = None
     reset: Checkpoint | None = None
+    trainable: frozenset[str] = frozenset()  # as the batch under way began
     where: tuple[int, int] | None = field(init=False)  # batch and time step of the boundary
 
     def __post_init__(self) -> None:
@@ -107,14 +110,17 @@ class Bookmarks:
     def _before_call(self, watch: Watch, places: Tensor | None, arguments: Arguments) -> None:
         if self.boundary or self.where is None or watch.batch != self.where[0] or watch.open:
             return
-        if places is None or not places.numel() or int(places[..., 1].min()) != self.where[1]:
+        span = span_of(places)
+        if places is None or span is None or span[0] != self.where[1]:
             return
         state = _left(watch, places, arguments.state)
         left = _checkpoint(watch, self.where[1], state, arguments.has_state)
         others = value_of(arguments.others)
+        left = replace(left, trainable=self.trainable)
         self.boundary = replace(left, layout=_layout(arguments.x), others=others)
 
     def _before_batch(self, watch: Watch) -> None:
+        self.trainable = _trainable(watch.module)
         if 0 < watch.batch == len(self.plan) - 1:
             self.reset = _checkpoint(watch, 0)
 
@@ -130,6 +136,7 @@ def _checkpoint(watch: Watch, start: int, state: Any = None, handed: bool = Fals
         },
         buffers={name: b.detach().clone() for name, b in watch.module.named_buffers()},
         attributes=_numbers_and_text(watch.module),
+        trainable=_trainable(watch.module),
         graded=frozenset(n for n, p in parameters.items() if p.grad is not None),
         memory=tuple(copy.deepcopy(o.state_dict()) for o in watch.training.optimizers),
         schedules=tuple(copy.deepcopy(s.state_dict()) for s in watch.training.schedulers),
@@ -138,6 +145,10 @@ def _checkpoint(watch: Watch, start: int, state: Any = None, handed: bool = Fals
         state=map_tensors(same_layout, state),
         handed=handed,
     )
+
+
+def _trainable(module: nn.Module) -> frozenset[str]:
+    return frozenset(n for n, p in module.named_parameters() if p.requires_grad)
 
 
 def _layout(x: Any) -> Any:
@@ -224,6 +235,8 @@ def resumed(
 
 def _unknown_memory(watch: Watch) -> str:
     """Say why not all is known that updates go by; '' where it is."""
+    if any(map(wraps_another, watch.training.optimizers)):
+        return "optimizers that keep all their memory as torch's do: one wraps another"
     if not watch.by_hand:
         return "" if watch.training.optimizers else "the optimizers are not known before training"
     if watch.subject.contract.adds_up or not watch.rate.steady:
@@ -366,6 +379,7 @@ class _GoingOn:
         left = self.left
         for name, parameter in self.module.named_parameters():
             parameter.copy_(left.parameters[name])
+            parameter.requires_grad_(name in left.trainable)
             parameter.grad = torch.zeros_like(parameter) if name in left.graded else None
         for name, buffer in self.module.named_buffers():
             if name in left.buffers:
@@ -434,15 +448,15 @@ def one_chunk(
 ) -> Rerun:
     """Make one ordinary update on a whole batch, which is due where the plan is a single chunk."""
     where = "the whole sequence"
-    if not _is_one_chunk(marks, batches[0], watch):
+    if not _is_one_chunk(marks, watch):
         return Rerun(where, missing="a case of one batch and one chunk")
     if watch.subject.loss is None:
         return Rerun(where, missing="a loss")
     chunk = watch.first
     if chunk is None or chunk.given is None or chunk.outcome is None or chunk.span is None:
         return Rerun(where, missing="no chunk of the batch's own was observed")
-    made = chunk.outcome.rules
-    rules = [_as_set(rule, made) for rule in watch.initial_rules] or list(made)
+    met = chunk.outcome.rules
+    rules = [_as_set(rule, met) for rule in watch.initial_rules] or list(met)
     if watch.by_hand:
         return Rerun(where, missing="an optimizer of torch's: updates are made by hand")
     if not rules:
@@ -451,11 +465,15 @@ def one_chunk(
     clips = any(is_clipped(chunk.outcome.gradients, rule.handed) for rule in chunk.outcome.rules)
     if clips and not contract.clips:
         return Rerun(where, missing="gradients are clipped, and the contract does not say how")
-    due = rederive(fresh(), _of_whole(batches[0], chunk), slope=False, mixing=False)
+    if chunk.padded:
+        return Rerun(where, missing="inputs of forward that are the batch's own, without padding")
+    whole = batches[0].copied().cut(0, stop=marks.plan[0][0][1])  # without what is left out
+    if whole is None:
+        return Rerun(where, missing=_UNCLEAR)
+    due = rederive(fresh(), _of_whole(whole, chunk), slope=False, mixing=False)
     if due.missing or due.loss is None:
-        return Rerun(
-            where, missing=due.missing or "targets of which it is clear how they are laid out"
-        )
+        unknown = "targets of which it is clear how they are laid out"
+        return Rerun(where, missing=due.missing or unknown)
     try:
         second = _ordinary(chunk, due.gradients, due.state, rules, contract)
     except Exception as error:  # whatever a stranger's optimizer raises out of its place
@@ -465,15 +483,15 @@ def one_chunk(
     return Rerun(where, first, known)
 
 
-def _as_set(rule: Rule, made: Sequence[Rule]) -> Rule:
-    """Return an optimizer's rule with the settings of its first update: a loop may set the rate."""
-    own = next((other for other in made if other.optimizer is rule.optimizer), rule)
-    return replace(rule, groups=own.groups)
+def _as_set(rule: Rule, met: Sequence[Rule]) -> Rule:
+    """Return the rule with the settings that its update met: a loop may warm a rate up."""
+    settings = (later.groups for later in met if later.optimizer is rule.optimizer)
+    return replace(rule, groups=next(settings, rule.groups))
 
 
-def _is_one_chunk(marks: Bookmarks, batch: Batch, watch: Watch) -> bool:
+def _is_one_chunk(marks: Bookmarks, watch: Watch) -> bool:
     """Tell whether a single chunk was due: where lengths are drawn, it may have been several."""
-    if [list(plan) for plan in marks.plan] != [[(0, batch.inputs.shape[1])]]:
+    if [len(plan) for plan in marks.plan] != [1] or marks.plan[0][0][0]:
         return False
     return watch.subject.contract.planned or len(watch.closed) == 1
 
@@ -489,6 +507,13 @@ def _of_whole(batch: Batch, chunk: Chunk) -> Chunk:
         x, target = batch.inputs, batch.targets
         if called.dim() < x.dim() and x.shape[1] == 1:  # forward takes one time step, without time
             x, target = _laid_out(lambda t: t[:, 0], x, target)
+        elif x.dim() == 2 and called.dim() == 3 and called.shape[-1] == 1:  # as a single feature
+            x = (x.transpose(0, 1) if swapped else x).unsqueeze(-1)
+            target = (
+                _laid_out(lambda t: t.transpose(0, 1), batch.inputs, target)[1]
+                if swapped
+                else target
+            )
         elif swapped:
             x, target = _laid_out(lambda t: t.transpose(0, 1), x, target)
         given = replace(given, calls=(replace(given.calls[0], x=x),), target=target)

@@ -99,6 +99,7 @@ def run(fresh: Fresh, case: Case, hand_on: Callable[[Chunk], None]) -> Trace:
         watch.finished()
     if watch.problem is not None:
         raise watch.problem
+    _refuse_unknown_state(subject, watch)
     if halt is None:
         _refuse_automatic(subject, watch, plan)
     if not watch.closed:
@@ -261,6 +262,16 @@ def _refuse_unseen(subject: Subject, watch: Watch, *, lenient: bool) -> None:
                 else ""
             ),
             {"forward": instead, "loss": None} if instead else {},  # it returns no prediction
+        )
+
+
+def _refuse_unknown_state(subject: Subject, watch: Watch) -> None:
+    """Refuse a state that is nowhere, once forward was called."""
+    unknown = [name for name in watch.forward.kept if name not in watch.forward.met]
+    if watch.calls_ever and unknown:
+        raise ObservationError(
+            f"state={unknown[0]!r} is neither an argument of {type(subject.module).__name__}."
+            f"{subject.forward} nor an attribute of the module's"
         )
 
 

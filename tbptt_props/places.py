@@ -23,6 +23,8 @@ def locate(x: Tensor, live: Any, pristine: Tensor) -> Tensor | None:
     it is found by its memory, also where its numbers are not unique or have been changed.
     """
     if isinstance(live, Tensor) and live.shape == pristine.shape:
+        if live.dim() == 2 and x.dim() == 3 and x.shape[-1] == 1:  # numbers made a single feature
+            x = x.squeeze(-1)
         places = _by_memory(x, live)
         if places is not None:
             return places
@@ -30,19 +32,27 @@ def locate(x: Tensor, live: Any, pristine: Tensor) -> Tensor | None:
 
 
 def _by_memory(x: Tensor, live: Tensor) -> Tensor | None:
-    if live.dim() > 3 or x.dtype != live.dtype or (live.dim() > 2 and live.stride(2) != 1):
+    if x.dtype != live.dtype or x.untyped_storage().data_ptr() != live.untyped_storage().data_ptr():
         return None
-    if x.untyped_storage().data_ptr() != live.untyped_storage().data_ptr():
+    features = live.dim() - 2
+    rows = x.dim() - features
+    if rows < 0 or x.shape[rows:] != live.shape[2:] or not _lie_alike(x, live, features):
         return None
-    width = live.shape[2] if live.dim() > 2 else 1
-    if live.dim() > 2 and (x.dim() < 1 or x.shape[-1] != width or x.stride(-1) != 1 < width):
-        return None
-    rows = x.dim() - 1 if live.dim() > 2 else x.dim()
     offset = torch.tensor(x.storage_offset() - live.storage_offset())
     for dim in range(rows):
         steps = torch.arange(x.shape[dim]) * x.stride(dim)
         offset = offset.unsqueeze(-1) + steps
     return _unflattened(offset, live)
+
+
+def _lie_alike(x: Tensor, live: Tensor, features: int) -> bool:
+    """Tell whether the last dimensions, the features, lie in memory as the batch's do."""
+    own = zip(x.shape[x.dim() - features :], x.stride()[x.dim() - features :], strict=True)
+    return all(
+        stride == due
+        for (size, stride), due in zip(own, live.stride()[2:], strict=True)
+        if size > 1
+    )
 
 
 def _unflattened(offset: Tensor, live: Tensor) -> Tensor | None:
@@ -62,13 +72,13 @@ def _unflattened(offset: Tensor, live: Tensor) -> Tensor | None:
 
 def _by_value(x: Tensor, pristine: Tensor) -> Tensor | None:
     """Look the rows up by their first number, which no two places share."""
-    if (
-        pristine.dim() != 3
-        or not pristine.is_floating_point()
-        or x.shape[-1:] != pristine.shape[-1:]
-    ):
+    features = pristine.dim() - 2
+    if features < 1 or not pristine.is_floating_point() or x.dim() < features:
         return None
-    x = x.detach().to(pristine)
+    if x.shape[x.dim() - features :] != pristine.shape[2:] or not pristine.numel():
+        return None
+    x = x.detach().to(pristine).flatten(x.dim() - features)
+    pristine = pristine.flatten(2)
     keys, order = pristine[..., 0].flatten().sort()
     if len(keys) > 1 and bool((keys[1:] == keys[:-1]).any()):
         return None

@@ -233,7 +233,7 @@ def loss_is_the_chunks_own(link: Link) -> Iterator[Finding]:
     elif due.loss is None:
         unknown = "a loss" if due.partial else "inputs of forward that are the batch's own"
         yield NotJudged(due.missing or unknown)
-    elif not near(outcome.loss, link.share * due.loss, dtype=_dtype(link)):
+    elif not near(outcome.loss, _share(link) * due.loss, dtype=_dtype(link)):
         yield Violation(f"{link.chunk}, loss", *told_apart(outcome.loss, link.share * due.loss))
     else:
         yield from _cotangent_differences(link)
@@ -251,6 +251,9 @@ def gradients_are_the_chunks_own(link: Link) -> Iterator[Finding]:
     updated = _updated(outcome)
     feeding = link.chunk.given.feeding if link.chunk.given else frozenset()
     names = due.gradients.keys() | (set() if due.partial else outcome.gradients.keys())
+    if due.partial and names and names <= outcome.besides:
+        yield NotJudged("a loss: this one is made of more than predictions")
+    names = names - outcome.besides
     for name in sorted(names):
         if updated and name not in updated:
             continue  # no optimizer reads it
@@ -404,7 +407,9 @@ def each_chunk_draws_its_own_randomness(link: Link) -> Iterator[Finding]:
         yield NotJudged("a forward that draws random numbers, and two chunks")
         return
     one, other = _outcome(link).randomness, link.before.outcome
-    if other is not None and one is not None and torch.equal(one, other.randomness):
+    if other is not None and not other.drew:  # a mask, say, that was drawn before and is kept
+        yield NotJudged("two chunks that draw random numbers")
+    elif other is not None and one is not None and torch.equal(one, other.randomness):
         where = f"{link.chunk}, random numbers"
         yield Violation(where, f"those of {_beside(link.chunk, link.before)} again", "new ones")
 
@@ -474,7 +479,7 @@ def _accounted(
     for chunk, (start, stop) in zip(chunks, due, strict=True):
         used = Counter(places(chunk))
         made_up = used.pop((-1, -1), 0)
-        if made_up:
+        if made_up and not (chunk.padded and stop == due[-1][1]):  # masked, and nothing follows
             found = f"{counted(made_up, 'row')} from outside the batch"
             yield Violation(f"{chunk}, {what}", found, "the batch's own rows alone")
             continue
@@ -595,6 +600,7 @@ def _neither_carried_nor_fresh(
     Nor may one part of a row go on, and another start afresh.
     """
     others = list(fresh.values())
+    goes_on = False
     went_on: dict[tuple[int, int], str] = {}  # by how many rows a part has, and which it is
     began: dict[tuple[int, int], Difference] = {}
     for (path, leaf), due in zip(found.items(), carried.values(), strict=False):
@@ -604,6 +610,7 @@ def _neither_carried_nor_fresh(
         for index, (row, before) in enumerate(rows):
             is_fresh = not bool(row.any()) or _has_row(others, row)
             if same(row, before):
+                goes_on = goes_on or bool(row.any())
                 if not is_fresh:
                     went_on[len(rows), index] = path
                 continue
@@ -617,6 +624,8 @@ def _neither_carried_nor_fresh(
         where, (fresh_value, due_value) = f"{chunk}, incoming {wrong.entry}", wrong.told
         yield Violation(where, fresh_value, f"{due_value}, as {went_on[place]} went on")
         return
+    if not goes_on:  # flags may say so; but then nothing was carried
+        yield NotJudged("a sequence that goes on from one chunk to the next")
 
 
 def _row_in_common(leaf: Tensor, old: Sequence[Tensor], fresh: Sequence[Tensor]) -> Tensor | None:
@@ -655,11 +664,33 @@ def _dtype(link: Link) -> torch.dtype:
 
 def _cotangent_differences(link: Link) -> Iterator[Finding]:
     """Compare how the loss depends on each prediction: equal losses need not look at the same."""
-    outcome = _outcome(link)
+    outcome, share = _outcome(link), _share(link)
     for found, due in zip(outcome.cotangents, link.expected.cotangents, strict=False):
-        if due is not None and found is not None and not close(found, link.share * due):
-            wrong = difference("prediction", found, link.share * due)
+        if due is not None and found is not None and not close(found, share * due):
+            wrong = difference("prediction", found, share * due)
             yield Violation(f"{link.chunk}, slope of the loss by {wrong.entry}", *wrong.told)
+
+
+def _share(link: Link) -> float:
+    """Return by what the chunk's loss may be multiplied: what its gradients are divided by again.
+
+    So it is where a loss is scaled for half precision. A factor that stays in the gradients is a
+    mistake.
+    """
+    outcome, due = _outcome(link), link.expected.loss
+    promised = link.share * due if due else 0.0
+    factor = outcome.loss / promised if promised else 1.0
+    if near(factor, 1.0, dtype=_dtype(link)) or not 0 < factor < torch.inf:
+        return link.share
+    pairs = [
+        (g, outcome.met[name])
+        for rule in outcome.rules
+        for name, g in rule.handed.items()
+        if name in outcome.met
+    ]
+    some = any(bool(g.any()) for g, _ in pairs)  # a gradient of zero tells no factor
+    divided = some and all(close(g * factor, before) for g, before in pairs)
+    return link.share * factor if divided else link.share
 
 
 def _updated(outcome: Outcome) -> frozenset[str]:
@@ -708,6 +739,8 @@ def _changed_on_the_way(link: Link) -> Iterator[Finding]:
     """Between backward and update, gradients may be clipped as promised, and nothing else."""
     outcome, contract = _outcome(link), link.contract
     if link.chunk.evaluations > 1 or _cleared(outcome):
+        return
+    if _share(link) != link.share:  # scaled up for backward, and down again
         return
     earlier = link.before.outcome.scaled if link.before and link.before.outcome else ()
     for (factor, norm), (other_factor, other_norm) in zip(outcome.scaled, earlier, strict=False):

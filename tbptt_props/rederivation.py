@@ -8,7 +8,7 @@ slope comes from values alone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -477,11 +477,7 @@ def _slopes(
     trainable = _trainable(subject)
     if any(p.dtype != torch.float64 for p in trainable.values()):
         return None, None, "values in less than float64 are too coarse to difference"
-    told = sum(
-        float(rows @ (_as_matrix(again.gradients[name], rows) @ columns))
-        for name, _, rows, columns in _directed(trainable)
-        if name in again.gradients
-    )
+    told = _along(trainable, again.gradients)
     wide = _differenced(subject, given, again.form, NUDGE)
     if near_slope(wide, told):
         return wide, told, ""
@@ -491,7 +487,85 @@ def _slopes(
     narrow = _differenced(subject, given, again.form, NUDGE / 4)
     if not near_slope(wide, narrow) or _kinked(subject, given, again):
         return None, None, "the loss has a kink close by"
+    if _hooked(subject, given):
+        return None, None, "gradients that no hook of the subject's changes on their way"
+    if _kept_in_buffers(subject, given):
+        return None, None, "a forward that keeps nothing of its parameters, as spectral norm does"
+    if _stopped_in_loss(subject, given, again):
+        return None, None, "a loss that detaches nothing itself: its gradient is not its slope"
     return wide, told, ""
+
+
+def _hooked(subject: Subject, given: Given) -> bool:
+    """Tell whether the subject hangs hooks on parameters or on what forward makes of them."""
+    if any(p._backward_hooks for p in subject.module.parameters()):
+        return True
+    hung: list[Tensor] = []
+    original = Tensor.register_hook
+
+    def register_hook(tensor: Tensor, hook: Any) -> Any:
+        hung.append(tensor)
+        return original(tensor, hook)  # type: ignore[no-untyped-call]
+
+    Tensor.register_hook = register_hook  # type: ignore[method-assign]
+    try:
+        _load_values(subject.module, given)
+        _forward(subject, given, value_of(given.calls[0].state))
+    finally:
+        Tensor.register_hook = original  # type: ignore[method-assign]
+    return bool(hung)
+
+
+@torch.no_grad()
+def _kept_in_buffers(subject: Subject, given: Given) -> bool:
+    """Tell whether predictions go by what forward makes of its parameters in buffers.
+
+    No gradient goes that way, and none is due. The state is not meant, which may be a buffer.
+    """
+    kept = Forward(subject).kept
+    ends: list[Tensors] = []
+
+    def read(predictions: Sequence[Tensor]) -> float:
+        ends.append({n: b.clone() for n, b in subject.module.named_buffers() if n not in kept})
+        return 0.0
+
+    _moved_along(subject, given, (-NUDGE, NUDGE), read)
+    made = {name for name, value in ends[0].items() if not same(value, ends[1][name])}
+    if not made:
+        return False
+    nudged = {n: _nudged(b) if n in made else b for n, b in given.buffers.items()}
+    outcomes = []
+    for buffers in (given.buffers, nudged):
+        changed = replace(given, buffers=buffers)
+        _load_values(subject.module, changed)
+        predictions, _ = _forward(subject, changed, value_of(given.calls[0].state))
+        outcomes.append(predictions)
+    return not all(map(same, *outcomes))
+
+
+def _stopped_in_loss(subject: Subject, given: Given, again: _Again) -> bool:
+    """Tell whether it is the loss that detaches, an advantage say, and not forward.
+
+    Then the slope of the predictions, along the loss's gradient by them, is autograd's word.
+    """
+    assert again.loss is not None
+    _load_values(subject.module, given)
+    again = _run(subject, given, float(again.loss.detach()))  # in which nothing was nudged yet
+    trainable = _trainable(subject)
+    through = _pulled_back(again.predictions, again.cotangents, trainable)
+    if through.keys() != again.gradients.keys() or not all(
+        close(g, again.gradients[name]) for name, g in through.items()
+    ):
+        return False  # parameters are used in the loss itself
+    told = _along(trainable, through)
+    cotangents = [None if g is None else g.detach() for g in again.cotangents]
+
+    def linear(predictions: Sequence[Tensor]) -> float:
+        pairs = zip(predictions, cotangents, strict=True)
+        return sum(float((p * g).sum()) for p, g in pairs if g is not None)
+
+    left, right = _moved_along(subject, given, (-NUDGE, NUDGE), linear)
+    return near_slope((right - left) / (2 * NUDGE), told)
 
 
 def _rounding(given: Given, again: _Again) -> float:
@@ -531,6 +605,15 @@ def _directed(
         yield name, parameter, rows.to(parameter), columns.to(parameter)
 
 
+def _along(trainable: Mapping[str, nn.Parameter], gradients: Tensors) -> float:
+    """Return the slope along the direction that gradients tell."""
+    return sum(
+        float(rows @ (_as_matrix(gradients[name], rows) @ columns))
+        for name, _, rows, columns in _directed(trainable)
+        if name in gradients
+    )
+
+
 def _as_matrix(tensor: Tensor, rows: Tensor) -> Tensor:
     return tensor.reshape(len(rows), -1) if len(rows) else tensor.reshape(0, 0)
 
@@ -540,10 +623,25 @@ def _differenced(subject: Subject, given: Given, form: Form, nudge: float) -> fl
     return (right - left) / (2 * nudge)
 
 
-@torch.no_grad()
 def _losses(subject: Subject, given: Given, form: Form, nudges: Sequence[float]) -> list[float]:
     """Return the loss with all parameters moved so far along the direction."""
-    losses = []
+    assert given.target is not None
+
+    def loss(predictions: Sequence[Tensor]) -> float:
+        return float(_as_trained(subject, given, predictions, form))
+
+    return _moved_along(subject, given, nudges, loss)
+
+
+@torch.no_grad()
+def _moved_along(
+    subject: Subject,
+    given: Given,
+    nudges: Sequence[float],
+    measure: Callable[[Sequence[Tensor]], float],
+) -> list[float]:
+    """Measure the predictions with all parameters moved so far along the direction."""
+    measured = []
     trainable = _trainable(subject)
     for nudge in nudges:
         for name, parameter, rows, columns in _directed(trainable):
@@ -552,11 +650,10 @@ def _losses(subject: Subject, given: Given, form: Form, nudges: Sequence[float])
             parameter.copy_(moved.reshape(start.shape))
         _load_values(subject.module, given)
         predictions, _ = _forward(subject, given, value_of(given.calls[0].state))
-        assert given.target is not None
-        losses.append(float(_as_trained(subject, given, predictions, form)))
+        measured.append(measure(predictions))
     for name, parameter in trainable.items():
         parameter.copy_(given.parameters[name])
-    return losses
+    return measured
 
 
 def _custom_function(nodes: set[Any]) -> str:
@@ -605,6 +702,8 @@ def apply_rule(
     rule: Rule, copies: Mapping[str, nn.Parameter], gradients: Tensors | None = None
 ) -> Optimizer:
     """Make one update of `copies` by `rule`, in place; return the optimizer that made it."""
+    if wraps_another(rule.optimizer):  # whose live memory, and parameters, an update would change
+        raise TypeError("it wraps another optimizer")
     handed = rule.handed if gradients is None else gradients
     spares = type(rule.optimizer).__module__.startswith("torch.optim.")  # gradients, in its rule
     groups = []
@@ -624,6 +723,11 @@ def apply_rule(
     )
     optimizer.step()
     return optimizer  # type: ignore[no-any-return]
+
+
+def wraps_another(optimizer: Any) -> bool:
+    """Tell whether an optimizer keeps another one, and so has a memory besides its own."""
+    return any(isinstance(value, Optimizer) for value in vars(optimizer).values())
 
 
 def _own_attributes(optimizer: Optimizer) -> dict[str, Any]:

@@ -94,4 +94,17 @@ def _collect(tree: Any, path: str, found: dict[str, Tensor], above: frozenset[in
 def _attributes(tree: Any) -> list[tuple[str, Any]]:
     if is_dataclass(tree) and not isinstance(tree, type):
         return [(field.name, getattr(tree, field.name)) for field in fields(tree)]
-    return list(getattr(tree, "__dict__", {}).items())
+    slots = {
+        name: getattr(tree, name)
+        for kind in type(tree).__mro__
+        for name in _slots(kind)
+        if hasattr(tree, name)
+    }
+    return [*slots.items(), *getattr(tree, "__dict__", {}).items()]
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    """Return the names of the attributes for which a class makes room by itself."""
+    names = vars(kind).get("__slots__", ())
+    names = (names,) if isinstance(names, str) else names
+    return tuple(name for name in names if not name.startswith("__"))

@@ -148,12 +148,14 @@ class Outcome:
     scaled: tuple[tuple[float, float], ...] = ()  # by what, to which norm, before each update
     optimizers: tuple[frozenset[str], ...] = ()  # parameters of each that is known to train
     randomness: Any = None  # of torch, before forward
+    drew: bool = True  # forward took some of it
     complete: bool = True  # backward came to its end
     standing: Tensors = field(default_factory=dict)  # gradients of chunks that share the update
     left: Tensors = field(default_factory=dict)  # those and this chunk's, as backward left them
     returned: bool = False  # gradients were handed back to the loop, which left them nowhere
     lines: Mapping[Kind, Line] = field(default_factory=dict)  # of the user's, on which each came
     idle: str = ""  # why an update by hand may have been made, and could not be seen
+    besides: frozenset[str] = frozenset()  # parameters with a way to the loss past forward
 
     @property
     def met(self) -> Tensors:
@@ -178,6 +180,7 @@ class Chunk:
     moved: bool = True  # its update changed some parameter
     index: int = 0  # which of its batch's chunks it is
     context: int = 0  # time steps among its inputs that belong to chunks before
+    padded: bool = False  # with rows from outside the batch, on which its loss does not depend
     adds_up: bool = False  # its gradients are promised to stay for the next chunk's update
 
     def __str__(self) -> str:

@@ -7,6 +7,7 @@ batches from number `skip` on, tells `watch` of each, and returns what training 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -89,13 +90,21 @@ def _with_lightning(
     original = module.training_step
     own = "training_step" in vars(module)
     seen = iter(range(len(batches)))
+    takes_the_loader = "dataloader_iter" in inspect.signature(original).parameters
 
     @functools.wraps(original)
     def training_step(*args: Any, **kwargs: Any) -> Any:
         index = next(seen)
+        handed = args[0] if args else next(iter(kwargs.values()))
+        if takes_the_loader:
+            batch = next(handed)
+            if index < skip:
+                return None
+            watch.batch_started(index, batch[0])
+            return original(_Ahead(handed, batch))
         if index < skip:
             return None
-        watch.batch_started(index, args[0] if args else next(iter(kwargs.values())))
+        watch.batch_started(index, handed)
         return original(*args, **kwargs)
 
     module.training_step = training_step  # type: ignore[method-assign]
@@ -128,6 +137,20 @@ class _Loader:
 
     def __len__(self) -> int:
         return len(self.batches)
+
+
+class _Ahead:
+    """Lightning's own iterator, of which one batch has been taken: it comes first."""
+
+    def __init__(self, rest: Iterator[Any], taken: Any) -> None:
+        self.rest = rest
+        self.taken = [taken]
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        return self.taken.pop() if self.taken else next(self.rest)
 
 
 class _Teller(pl.Callback):

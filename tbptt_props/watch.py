@@ -34,7 +34,14 @@ from tbptt_props.batch import Batch
 from tbptt_props.byhand import BY_HAND, Rate
 from tbptt_props.compare import difference, same, scaling
 from tbptt_props.forward import Arguments, Forward
-from tbptt_props.graph import any_within, nodes_behind, numbers_behind, sequence_number
+from tbptt_props.graph import (
+    any_within,
+    mark,
+    nodes_behind,
+    numbers_behind,
+    sequence_number,
+    variables_past,
+)
 from tbptt_props.lines import Line, users_line
 from tbptt_props.places import lanes_of, locate, span_of, time_first
 from tbptt_props.process import Hung, Watchdog, randomness
@@ -53,6 +60,8 @@ from tbptt_props.trace import (
     Span,
     Tensors,
 )
+
+_PREDICTION = "tbptt prediction"  # marks its node in the graph
 
 
 class _Canary:
@@ -110,6 +119,8 @@ class _LiveCall:
     canaries: list[weakref.ref[_Canary]] = field(default_factory=list)
     cotangent: Tensor | None = None
     feeding: frozenset[str] = frozenset()  # parameters from which the incoming state is made
+    embedding: frozenset[str] = frozenset()  # and those from which the inputs are
+    drew: bool = False  # random numbers
     hands_on_a_graph: bool = False  # the state it returned has one
     line: Line | None = None  # of the user's, that called it
     interrupted: bool = False  # an update came after it and before its backward
@@ -126,6 +137,7 @@ class _Asked:
     loss: float
     returned: Tensors  # those by parameters
     spent: bool  # no other backward can come: the graph is gone
+    besides: frozenset[str]  # parameters that the loss reaches past the predictions
 
 
 @dataclass(eq=False)
@@ -156,6 +168,7 @@ class _LiveChunk:
     returned: bool = False
     idle: str = ""
     lines: dict[Kind, Line] = field(default_factory=dict)
+    besides: frozenset[str] = frozenset()
 
 
 class Watch:
@@ -200,6 +213,7 @@ class Watch:
         self.lightning_updates: Callable[[], int] | None = None
         self.updates = 0
         self.tentative: _Asked | None = None
+        self.made: list[weakref.ref[Optimizer]] = []  # optimizers, while training
         self.optimized = False  # an optimizer of the module's was met
         self.moved_by_hand: set[str] = set()
         self.rate = Rate()  # of updates by hand
@@ -209,6 +223,7 @@ class Watch:
         self.last_state: Any = None
         self.initial_state: Any = None
         self.busy = False
+        self.used_up: dict[str, Tensor] | None = None  # gradients, in the midst of a backward
         self.gathered: dict[_LiveCall, Tensor] | None = None
         self.thread = threading.get_ident()
         self.before_call: Callable[[Watch, Tensor | None, Any], None] | None = None
@@ -359,6 +374,7 @@ class Watch:
         def made(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
             original(optimizer, *args, **kwargs)
             self.optimized = self.optimized or bool(self._owned(optimizer))
+            self.made.append(weakref.ref(optimizer))
 
         kind.__init__ = made
         try:
@@ -374,12 +390,15 @@ class Watch:
             before = {} if self.calls_ever else self.forward.candidates()
             self.calls_ever += 1
             self.watchdog.called(arguments.x)
+            if self.calls_ever == 1:
+                self._require_a_state(arguments)
             live = self._opened(arguments)
         if self.initial_state is None:
             self.initial_state = live.call.state
         live.opened = sequence_number()
         returned = original(*args, **kwargs)
         live.closed = sequence_number()
+        live.drew = not torch.equal(torch.get_rng_state(), live.snapshot.randomness[0])
         prediction, after = self._came_out(returned, arguments, before)
         with self._own_code():
             self.last_state = value_of(after)
@@ -388,9 +407,35 @@ class Watch:
             )
             live.hands_on_a_graph = any(leaf.grad_fn for leaf in leaves(after).values())
             if prediction.grad_fn is not None:
-                self._look_after(live, prediction, leaves(after).values())
+                # What `outputs` made of it may not be behind what the loop keeps.
+                raw = leaves(returned).values() if self.subject.outputs else ()
+                self._look_after(live, prediction, (*leaves(after).values(), *raw))
                 self.open.append(live)
         return returned
+
+    def _require_a_state(self, arguments: Arguments) -> None:
+        """Refuse a part of the batch where the state is looked for: targets, say, or a mask."""
+        if self.subject.state or not self._is_of_the_batch(arguments.state):
+            return
+        _, named = arguments.others
+        further = self.forward.parameters[2:]
+        found = next((n for n in further if not self._is_of_the_batch(named.get(n))), None)
+        if found is None:
+            return
+        self.problem = WiringError(
+            f"{type(self.module).__name__}.{self.subject.forward} takes a part of the batch as its "
+            f"second argument, where the state is looked for: say which one is the state with "
+            f"Subject(..., state={found!r})",
+            {"state": (found,)},
+        )
+        raise self.problem
+
+    def _is_of_the_batch(self, value: Any) -> bool:
+        if not isinstance(value, Tensor) or self.live_batch is None or not value.numel():
+            return False
+        place = value.untyped_storage().data_ptr()
+        parts = leaves(self.live_batch.whole).values()
+        return any(part.untyped_storage().data_ptr() == place for part in parts)
 
     def _opened(self, arguments: Arguments) -> _LiveCall:
         """Write down what a call of forward starts from."""
@@ -421,14 +466,17 @@ class Watch:
             places=places,
             attached=oldest,
             feeding=self._feeding([leaf for leaf in leaves(state).values() if leaf.requires_grad]),
+            embedding=self._feeding(
+                [leaf for leaf in leaves(arguments.x).values() if leaf.requires_grad]
+            ),
             step=self.steps[-1][0] if self.steps else None,
             line=users_line(),
         )
 
-    def _feeding(self, state: list[Tensor]) -> frozenset[str]:
-        """Name the parameters that an attached state is made from: a learned initial state."""
-        found = {id(leaf) for leaf in state if leaf.is_leaf}
-        for node in nodes_behind([leaf for leaf in state if leaf.grad_fn is not None]):
+    def _feeding(self, attached: list[Tensor]) -> frozenset[str]:
+        """Name the parameters that attached arguments are made from: a learned initial state."""
+        found = {id(leaf) for leaf in attached if leaf.is_leaf}
+        for node in nodes_behind([leaf for leaf in attached if leaf.grad_fn is not None]):
             variable = getattr(node, "variable", None)
             if variable is not None:
                 found.add(id(variable))
@@ -446,7 +494,7 @@ class Watch:
     def _came_out(
         self, returned: Any, arguments: Arguments, before: Mapping[str, Any]
     ) -> tuple[Tensor, Any]:
-        found = self.forward.came_out(returned)
+        found = self._made_a_pair(returned)
         if found is not None and (
             arguments.has_state or self.calls_ever > 1 or self.forward.parameters[1:]
         ):
@@ -464,6 +512,21 @@ class Watch:
             {"state": guessed} if guessed else {},
         )
         raise self.problem
+
+    def _made_a_pair(self, returned: Any) -> tuple[Tensor, Any] | None:
+        """Return (prediction, state); what `outputs` raises is no fault of the loop's."""
+        if self.subject.outputs is None:
+            return self.forward.came_out(returned)
+        try:
+            found = self.forward.came_out(returned)
+        except Exception as error:
+            raise self._fail(f"outputs raised {_told(error)} on {_kind(returned)}") from error
+        if found is None:
+            raise self._fail(
+                "outputs must return a pair (prediction, state) whose prediction is one tensor: "
+                "join several along their features, with torch.cat"
+            )
+        return found
 
     def _fail(self, message: str) -> ObservationError:
         """Keep the error too, for a loop that swallows exceptions."""
@@ -511,25 +574,38 @@ class Watch:
             self.announced.clear()
             self.tentative = None
             chunk = self._chunk_of(numbers)
+            if chunk is not None:
+                chunk.besides |= self._besides(roots)
+                if chunk.complete:  # a second loss: what was cleared since the first is clear
+                    chunk.dirty = tuple(n for n in chunk.dirty if self._has_gradient(n))
         if chunk is None:
             return run()
         self._refuse_odd_losses(roots)
         if self.lightning_updates is not None:
             chunk.through_lightning = through and chunk.through_lightning is not False
+        before = len(chunk.events)
         with self._gathering() as gathered, self._catching_gradients() as caught:
             result = run()
         with self._own_code():
             if chunk.evaluations == 1:
                 for call, cotangent in gathered.items():
-                    before = call.cotangent
-                    call.cotangent = cotangent if before is None else before + cotangent
+                    earlier = call.cotangent
+                    call.cotangent = cotangent if earlier is None else earlier + cotangent
                 chunk.loss += sum(float(root.detach()) for root in roots)
-                self._take_gradients(chunk, {n: g for n, g in caught.items() if self._moved(n)})
+                used = {n: g for n, g in caught.items() if not self.by_hand or self._moved(n)}
+                self._take_gradients(chunk, used)
                 chunk.complete = True
             _note_line(chunk, "backward", users_line())
-            chunk.events.append("backward")
+            chunk.events.insert(before, "backward")  # updates may have been made by its hooks
             self._note_update_by_hand()  # a hook may have made it in the midst of backward
         return result
+
+    def _besides(self, roots: list[Tensor]) -> frozenset[str]:
+        """Name the parameters that a loss that is not known reaches past all predictions."""
+        if self.subject.loss is not None:
+            return frozenset()
+        past = variables_past(roots, _PREDICTION)
+        return frozenset(self.names[i] for i in past if i in self.names)
 
     @contextlib.contextmanager
     def _catching_gradients(self) -> Iterator[dict[str, Tensor]]:
@@ -540,7 +616,13 @@ class Watch:
                 if self.by_hand and parameter.requires_grad:
                     catch = functools.partial(caught.__setitem__, name)
                     undo.callback(parameter.register_hook(catch).remove)  # type: ignore[no-untyped-call]
+            self.used_up = caught
             yield caught
+            self.used_up = None
+
+    def _has_gradient(self, name: str) -> bool:
+        gradient = self.module.get_parameter(name).grad
+        return gradient is not None and bool(gradient.any())
 
     def _moved(self, name: str) -> bool:
         """Tell whether a parameter is not as it was when it was last looked at."""
@@ -564,6 +646,7 @@ class Watch:
             numbers = numbers_behind(roots)
             calls = [c for c in self.open if any_within(numbers, c.opened, c.closed)]
         with self._gathering() as gathered:
+            besides = self._besides(roots)
             try:
                 result = run()
             except Exception:
@@ -580,6 +663,7 @@ class Watch:
                     loss=sum(float(root.detach().sum()) for root in roots),
                     returned=returned,
                     spent=spent,
+                    besides=besides,
                 )
         return result
 
@@ -612,8 +696,9 @@ class Watch:
         for tensor in (prediction, *after):
             if tensor.grad_fn is not None:
                 canary = _Canary()
-                tensor.grad_fn.metadata["tbptt"] = canary  # type: ignore[index]
+                mark(tensor, "tbptt", canary)
                 live.canaries.append(weakref.ref(canary))
+        mark(prediction, _PREDICTION)
 
         def take(cotangent: Tensor) -> None:
             gathered = self.gathered
@@ -637,6 +722,7 @@ class Watch:
         chunk.events.append("backward")
         chunk.dirty = ()  # they were put in the place of whatever was there
         chunk.loss = asked.loss
+        chunk.besides |= asked.besides
         if self.by_hand:
             chunk.gradients, chunk.returned, chunk.standing = asked.returned, True, {}
         else:
@@ -718,6 +804,7 @@ class Watch:
             updated_by=[id(optimizer) for optimizer, _ in early],
             moved=followed,
             states=[calls[-1].call.state_after],
+            besides=frozenset().union(*(call.embedding for call in calls)),
         )
         _note_line(chunk, "forward", calls[0].line)
         if self.subject.contract.adds_up and not self._opens():
@@ -764,10 +851,17 @@ class Watch:
     # Update ---------------------------------------------------------------------------------
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        if self._elsewhere() or not self._owned(optimizer):
+        if self._elsewhere() or not self._owned(optimizer) or self._is_inner(optimizer):
             return None
         with self._own_code():
             return self._met(optimizer, args, kwargs)
+
+    def _is_inner(self, optimizer: Optimizer) -> bool:
+        """Tell whether an optimizer that wraps this one is making its own update by it."""
+        return any(
+            outer is not optimizer and {*self._owned(optimizer)} <= {*self._owned(outer)}
+            for _, outer, _ in self.steps
+        )
 
     def _met(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         self.watchdog.fed()
@@ -797,6 +891,11 @@ class Watch:
             if id(p) in self.names
         ]
 
+    def _optimizers(self) -> Sequence[Optimizer]:
+        """Return those that are known to train the module, or that training itself has made."""
+        alive = (ref() for ref in self.made)
+        return self.training.optimizers or [o for o in alive if o is not None]
+
     def _rule(self, optimizer: Optimizer) -> Rule:
         """Write down what an update is about to go by."""
         self._take_tentative()
@@ -804,6 +903,8 @@ class Watch:
         names = set(self._owned(optimizer))
         known = (self.current.left or self.current.gradients) if self.current else None
         gradients = self._gradients(handed=known)
+        if self.used_up is not None:  # a hook of backward's makes the update, and may clear them
+            self.used_up.update({n: g for n, g in gradients.items() if n in names})
         return Rule(
             optimizer=optimizer,
             groups=tuple(
@@ -1004,14 +1105,16 @@ class Watch:
                 scaled=tuple(
                     scaling(live.left or live.gradients, rule.handed) for rule in live.rules
                 ),
-                optimizers=tuple(frozenset(self._owned(o)) for o in self.training.optimizers),
+                optimizers=tuple(frozenset(self._owned(o)) for o in self._optimizers()),
                 randomness=first.snapshot.randomness[0],
+                drew=any(call.drew for call in live.calls),
                 complete=live.complete,
                 standing=live.standing,
                 left=live.left,
                 returned=live.returned,
                 idle=live.idle,
                 lines=live.lines,
+                besides=live.besides,
             ),
             starts_batch=live.starts_batch,
             evaluations=live.evaluations,
@@ -1020,6 +1123,7 @@ class Watch:
             moved=_has_moved(live.rules),
             index=live.index,
             adds_up=self.subject.contract.adds_up,
+            padded=_is_padded(live.calls),
         )
 
     def _context(self, places: Tensor | None) -> int:
@@ -1147,6 +1251,21 @@ def _without(context: int, places: Tensor | None) -> Tensor | None:
     return places.narrow(time, context, places.shape[time] - context)
 
 
+def _is_padded(calls: Sequence[_LiveCall]) -> bool:
+    """Tell whether rows from outside the batch came in, and the loss depends on none of them."""
+    if not any(call.places is not None and bool((call.places < 0).any()) for call in calls):
+        return False
+    for call in calls:
+        if call.places is None or call.cotangent is None:
+            return False
+        outside = (call.places < 0).any(dim=-1)
+        if call.cotangent.shape[: outside.dim()] != outside.shape:
+            return False
+        if bool(call.cotangent[outside].any()):
+            return False
+    return True
+
+
 def _is_one_each(batch: Batch, calls: Sequence[_LiveCall], places: Tensor) -> bool:
     """Tell whether there is a target for each sequence, where (B, O) looks like (B, T).
 
@@ -1154,6 +1273,8 @@ def _is_one_each(batch: Batch, calls: Sequence[_LiveCall], places: Tensor) -> bo
     """
     targets = batch.targets
     if not isinstance(targets, Tensor) or targets.dim() != 2 or not batch.by_step:
+        return False
+    if not targets.is_floating_point():  # classes: (B * K, C) predictions may look like (B, T)
         return False
     predicted = [None if c.call.prediction is None else c.call.prediction.shape for c in calls]
     one_each = (len(lanes_of(places)), targets.shape[1])
@@ -1196,6 +1317,10 @@ def _as_places(places: Tensor | None) -> tuple[Place, ...]:
     if places is None:
         return ()
     return tuple((int(b), int(t)) for b, t in places.reshape(-1, 2).tolist())
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _kind(value: Any) -> str:

@@ -339,3 +339,10 @@ def test_what_may_be_lengths_is_cut_with_the_sequences() -> None:
 )
 def test_what_can_be_no_lengths_is_not_cut(other: Tensor) -> None:
     assert Batch.of((X, Y, other), None).lengths_cut(0) is None
+
+
+def test_a_batch_of_several_parts_that_hold_several_each_has_to_be_told() -> None:
+    chunks = [(torch.zeros(2, 1, 1), torch.zeros(2, 1, 1)) for _ in range(3)]
+
+    with pytest.raises(ValueError, match=r"3 parts that hold several each: say which they are"):
+        Batch.of(chunks, None)

@@ -368,3 +368,17 @@ def test_clipping_changes_no_gradient_in_place() -> None:
 
     assert same(GRADIENTS["w"], numbers(3, -4))
     assert same(GRADIENTS["b"], numbers(0.5))
+
+
+def test_rows_that_were_shrunk_each_by_a_factor_are_clipped() -> None:
+    before = torch.tensor([[3.0, -4.0], [1.0, 2.0]], dtype=torch.float64)
+    after = before * torch.tensor([[0.5], [0.25]], dtype=torch.float64)
+
+    assert is_clipped({"w": before}, {"w": after})
+    assert not is_clipped({"w": before}, {"w": torch.stack([after[0], -after[1]])})
+
+
+def test_entries_clipped_at_a_height_and_then_by_one_factor_are_clipped() -> None:
+    before = {"w": torch.tensor([3.0, -0.5, 0.1], dtype=torch.float64)}
+
+    assert is_clipped(before, {"w": before["w"].clamp(-1, 1) * 0.3})

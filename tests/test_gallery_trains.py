@@ -261,6 +261,7 @@ WIRING = {
     "plain_pytorch": Recipe(
         configure=lambda m: optim.SGD(m.parameters(), lr=0.1, momentum=0.9),
     ),
+    "within_backward": Recipe(configure=lambda m: optim.SGD(m.parameters(), lr=0.1)),
     "fabric": Recipe(configure=lambda m: optim.Adam(m.parameters(), lr=0.01)),
 }
 
@@ -273,6 +274,7 @@ PAIRS: dict[str, Callable[[Case, Batches], list[tuple[Tensor, Tensor]]]] = {
     "target_per_sequence": lambda _, batches: repeated_target(batches),
     "episode_mask": lambda _, batches: with_mask(batches),
     "named_batches": lambda case, _: case.tensors(),
+    "frames": lambda _, batches: [(video[:, :-1], video[:, 1:]) for video in batches],
     "next_input": lambda _, batches: [
         (x[:-1].transpose(0, 1), x[1:].transpose(0, 1)) for x in batches
     ],
@@ -296,6 +298,22 @@ BY_ANOTHER_PLAN = {
     "last_chunk",
     "speaker_ids",
     "running_average",
+    "warmed_up",
+    "penalized",
+    "looks_ahead",
+    "unfreezes",
+    "spectrally_normed",
+    "clips_in_backward",
+    "clips_units",
+    "whole_chunks",
+    "embeds_outside",
+    "masked_tail",
+    "flat_tokens",
+    "locked_dropout",
+    "loss_in_forward",
+    "single_feature",
+    "takes_the_iterator",
+    "state_in_slots",
 }
 
 

@@ -456,7 +456,83 @@ class GrowsByTwo(right.GrowingLengths):
 
 # ---------------------------------------------------------------------------------- the gallery
 
+
 # By name: which right loop it is, its mistake, the module, and the property that says it best.
+class PenalizedAttached(right.Penalized):
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        state: Any = None
+        for x, y in zip(*(b.split(self.k, dim=1) for b in batch), strict=True):
+            prediction, state, features = self(x, state)
+            opt.zero_grad()
+            self.manual_backward(
+                F.mse_loss(prediction, y) + features.square().mean(), retain_graph=True
+            )
+            opt.step()
+
+
+class LooksAheadUncleared(right.LooksAhead):
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        state: Any = None
+        for x, y in zip(*(b.split(self.k, dim=1) for b in batch), strict=True):
+            prediction, state = self(x, state)
+            self.manual_backward(F.mse_loss(prediction, y))
+            opt.step()
+            state = state.detach()
+
+
+class ScalesForGood(right.ScalesItsLoss):
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        state: Any = None
+        for x, y in zip(*(b.split(self.k, dim=1) for b in batch), strict=True):
+            prediction, state = self(x, state)
+            opt.zero_grad()
+            self.manual_backward(F.mse_loss(prediction, y) * 256)
+            opt.step()
+            state = state.detach()
+
+
+class FramesThemselves(right.Frames):
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        state: Any = None
+        for start in range(0, batch.size(1) - 1, self.k):
+            chunk = batch[:, start : min(start + self.k, batch.size(1) - 1)]
+            prediction, state = self(chunk, state)
+            opt.zero_grad()
+            self.manual_backward(F.mse_loss(prediction, chunk))
+            opt.step()
+            state = tuple(s.detach() for s in state)
+
+
+class FlatCellAttached(right.FlatTokens):
+    def training_step(self, source: Tensor, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        hidden: Any = None
+        for i in range(0, source.size(0) - 1, self.bptt):
+            length = min(self.bptt, source.size(0) - 1 - i)
+            output, hidden = self(source[i : i + length], hidden)
+            opt.zero_grad()
+            targets = source[i + 1 : i + 1 + length].reshape(-1)
+            self.manual_backward(F.cross_entropy(output, targets), retain_graph=True)
+            opt.step()
+            hidden = (hidden[0].detach(), hidden[1])
+
+
+class SlotsAttached(right.StateInSlots):
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        state: Any = None
+        for x, y in zip(*(b.split(self.k, dim=1) for b in batch), strict=True):
+            prediction, state = self(x, state)
+            opt.zero_grad()
+            self.manual_backward(F.mse_loss(prediction, y), retain_graph=True)
+            opt.step()
+            state.h = state.h.detach()
+
+
 BROKEN_SHAPES: dict[str, tuple[str, str, Callable[[Case], nn.Module], str]] = {
     "self_not_detached": (
         "state_on_self",
@@ -709,6 +785,42 @@ BROKEN_SHAPES: dict[str, tuple[str, str, Callable[[Case], nn.Module], str]] = {
         "each chunk is two time steps longer than the one before",
         GrowsByTwo,
         "chunks_tile_the_sequence",
+    ),
+    "penalized_attached": (
+        "penalized",
+        "the state keeps its graph, and the loss is not told",
+        PenalizedAttached,
+        "graph_crosses_no_boundary",
+    ),
+    "looks_ahead_uncleared": (
+        "looks_ahead",
+        "the gradients of a wrapped optimizer are never cleared",
+        LooksAheadUncleared,
+        "events_come_in_a_legal_order",
+    ),
+    "scales_for_good": (
+        "scales_its_loss",
+        "gradients are not scaled down again",
+        ScalesForGood,
+        "loss_is_the_chunks_own",
+    ),
+    "frames_themselves": (
+        "frames",
+        "targets are the frames that come in",
+        FramesThemselves,
+        "loss_is_the_chunks_own",
+    ),
+    "flat_cell_attached": (
+        "flat_tokens",
+        "the cell keeps its graph",
+        FlatCellAttached,
+        "graph_crosses_no_boundary",
+    ),
+    "slots_attached": (
+        "state_in_slots",
+        "one of the state's slots keeps its graph",
+        SlotsAttached,
+        "graph_crosses_no_boundary",
     ),
 }
 

@@ -29,10 +29,13 @@ Batches = list[Any]
 
 @dataclass(frozen=True)
 class Unusual:
-    """What a loop trains, by what loss, on what; `train` is None where a Trainer's fit does it."""
+    """What a loop trains, by what loss, on what; `train` is None where a Trainer's fit does it.
+
+    `loss` is None where it takes more than predictions and targets, and is not told.
+    """
 
     module: nn.Module
-    loss: Callable[[Tensor, Any], Tensor]
+    loss: Callable[[Tensor, Any], Tensor] | None
     batches: Batches
     train: Callable[[Any, Batches], None] | None = None
 
@@ -936,6 +939,429 @@ class GrowingLengths(Plain):
             state = state.detach()
 
 
+class WarmedUp(Plain):
+    """Sets the rate before each update: by the updates so far, and by the chunk's length."""
+
+    def update(self, loss: Tensor, steps: int) -> None:
+        opt: Any = self.optimizers()
+        warm = min(1.0, (self.global_step + 1) / 4)
+        opt.param_groups[0]["lr"] = 0.01 * warm * steps / self.k
+        opt.zero_grad()
+        self.manual_backward(loss)
+        opt.step()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        state: Any = None
+        for x, y in zip(*(b.split(self.k, dim=1) for b in batch), strict=True):
+            prediction, state = self(x, state)
+            self.update(F.mse_loss(prediction, y), x.size(1))
+            state = state.detach()
+
+
+class Penalized(Plain):
+    """The AWD-LSTM's loss: large features and their changes cost; a weight decay is added by hand.
+
+    It takes more than predictions and targets, so it is not told.
+    """
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        features, state = self.rnn(x, state)
+        return self.head(features), state, features
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        state: Any = None
+        for x, y in zip(*(b.split(self.k, dim=1) for b in batch), strict=True):
+            prediction, state, features = self(x, state)
+            loss = F.mse_loss(prediction, y) + features.square().mean()
+            loss = loss + features.diff(dim=1).square().sum() / features.numel()
+            loss = loss + 1e-3 * self.head.weight.square().sum()
+            opt.zero_grad()
+            self.manual_backward(loss)
+            opt.step()
+            state = state.detach()
+
+
+class Lookahead(optim.Optimizer):
+    """Every third update goes half the way back to where the last three began."""
+
+    def __init__(self, fast: optim.Optimizer) -> None:
+        super().__init__(fast.param_groups, {})
+        self.fast = fast
+        self.param_groups = fast.param_groups
+        self.slow = [p.detach().clone() for p in fast.param_groups[0]["params"]]
+        self.count = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = self.fast.step(closure)
+        self.count += 1
+        if self.count % 3 == 0:
+            for parameter, slow in zip(self.param_groups[0]["params"], self.slow, strict=True):
+                slow.add_(parameter - slow, alpha=0.5)
+                parameter.copy_(slow)
+        return loss
+
+
+class LooksAhead(Plain):
+    """An optimizer that wraps another, whose update is part of its own."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        state: Any = None
+        for x, y in zip(*(b.split(self.k, dim=1) for b in batch), strict=True):
+            prediction, state = self(x, state)
+            opt.zero_grad()
+            self.manual_backward(F.mse_loss(prediction, y))
+            opt.step()
+            state = state.detach()
+
+    def configure_optimizers(self) -> optim.Optimizer:
+        return Lookahead(optim.SGD(self.parameters(), lr=0.1))
+
+
+class Unfreezes(LooksAhead):
+    """The recurrent part is frozen for the first batch."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        if batch_idx < 2:
+            self.rnn.requires_grad_(batch_idx == 1)
+        super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> optim.Optimizer:
+        return optim.SGD(self.parameters(), lr=0.1)
+
+
+class SpectrallyNormed(Unfreezes):
+    """Each forward makes one step of the power iteration, of which no gradient is taken."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        nn.utils.parametrizations.spectral_norm(self.head)
+
+
+class ClipsInBackward(Unfreezes):
+    """Clips the gradient by the features on its way, as Graves does."""
+
+    def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Tensor]:
+        features, state = self.rnn(x, state)
+        if features.requires_grad:
+            features.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
+        return self.head(features), state
+
+
+class ClipsUnits(Plain):
+    """Adaptive clipping: the gradient of a unit's weights is at most so much of their norm."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        state: Any = None
+        for x, y in zip(*(b.split(self.k, dim=1) for b in batch), strict=True):
+            prediction, state = self(x, state)
+            opt.zero_grad()
+            self.manual_backward(F.mse_loss(prediction, y))
+            for p in self.parameters():
+                largest = 0.05 * p.detach().norm(dim=-1, keepdim=True)
+                assert p.grad is not None
+                norms = p.grad.norm(dim=-1, keepdim=True)
+                p.grad.mul_((largest / norms).clamp(max=1.0))
+            opt.step()
+            state = state.detach()
+
+
+class ScalesItsLoss(Plain):
+    """Scales the loss up for backward, and gradients down again, as for half precision."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        state: Any = None
+        for x, y in zip(*(b.split(self.k, dim=1) for b in batch), strict=True):
+            prediction, state = self(x, state)
+            opt.zero_grad()
+            self.manual_backward(F.mse_loss(prediction, y) * 256)
+            for p in self.parameters():
+                assert p.grad is not None
+                p.grad.div_(256)
+            opt.step()
+            state = state.detach()
+
+
+class MaskedTail(Plain):
+    """Fills up the last chunk, and masks what it filled in."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        x, y = batch
+        opt: Any = self.optimizers()
+        state: Any = None
+        steps = x.size(1)
+        x, y = (F.pad(b, (0, 0, 0, -steps % self.k)) for b in (x, y))
+        valid = (torch.arange(x.size(1)) < steps)[None, :, None].expand_as(y)
+        for start in range(0, x.size(1), self.k):
+            chunk = slice(start, start + self.k)
+            prediction, state = self(x[:, chunk], state)
+            opt.zero_grad()
+            mask = valid[:, chunk]
+            self.manual_backward(F.mse_loss(prediction[mask], y[:, chunk][mask]))
+            opt.step()
+            state = state.detach()
+
+
+class WholeChunks(Plain):
+    """Leaves the shorter, last chunk out."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        state: Any = None
+        whole = batch[0].size(1) // self.k * self.k
+        for start in range(0, whole, self.k):
+            x, y = (b[:, start : start + self.k] for b in batch)
+            prediction, state = self(x, state)
+            opt.zero_grad()
+            self.manual_backward(F.mse_loss(prediction, y))
+            opt.step()
+            state = state.detach()
+
+
+class EmbedsOutside(Plain):
+    """The loop embeds the inputs, and forward goes on from there."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(replace(case, inputs=case.hidden))
+        self.embedding = nn.Linear(case.inputs, case.hidden)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        state: Any = None
+        for x, y in zip(*(b.split(self.k, dim=1) for b in batch), strict=True):
+            prediction, state = self(self.embedding(x), state)
+            opt.zero_grad()
+            self.manual_backward(F.mse_loss(prediction, y))
+            opt.step()
+            state = state.detach()
+
+
+class ActorCritic(Plain):
+    """The advantage in its loss is detached: the loss's gradient is not its slope, on purpose."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        state: Any = None
+        for x, y in zip(*(b.split(self.k, dim=1) for b in batch), strict=True):
+            prediction, state = self(x, state)
+            opt.zero_grad()
+            self.manual_backward(actor_critic_loss(prediction, y))
+            opt.step()
+            state = state.detach()
+
+
+def actor_critic_loss(prediction: Tensor, returns: Tensor) -> Tensor:
+    """Take the prediction for values, and its log-sigmoid for the action's log-probability."""
+    advantage = returns - prediction
+    return advantage.square().mean() - (F.logsigmoid(prediction) * advantage.detach()).mean()
+
+
+class Frames(LightningModule):
+    """A convolutional LSTM on frames (B, T, C, H, W)."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.k = case.chunk
+        self.hidden = case.hidden
+        self.gates = nn.Conv2d(case.inputs + case.hidden, 4 * case.hidden, 3, padding=1)
+        self.decoder = nn.Conv2d(case.hidden, case.inputs, 1)
+
+    def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        zeros = x.new_zeros(x.size(0), self.hidden, *x.shape[-2:])
+        h, c = (zeros, zeros) if state is None else state
+        frames = []
+        for frame in x.unbind(1):
+            i, f, g, o = self.gates(torch.cat([frame, h], 1)).chunk(4, 1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+            frames.append(self.decoder(h))
+        return torch.stack(frames, 1), (h, c)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        state: Any = None
+        for start in range(0, batch.size(1) - 1, self.k):
+            stop = min(start + self.k, batch.size(1) - 1)
+            prediction, state = self(batch[:, start:stop], state)
+            opt.zero_grad()
+            self.manual_backward(F.mse_loss(prediction, batch[:, start + 1 : stop + 1]))
+            opt.step()
+            state = tuple(s.detach() for s in state)
+
+    def configure_optimizers(self) -> optim.Optimizer:
+        return optim.Adam(self.parameters(), lr=0.01)
+
+
+def videos(case: Case) -> Batches:
+    """Make batches (B, T + 1, C, H, W) from a generator of their own."""
+    generator = torch.Generator().manual_seed(case.seed)
+    return [
+        torch.randn(b, t + 1, case.inputs, 3, 2, generator=generator, dtype=torch.float64)
+        for b, t in case.sizes()
+    ]
+
+
+class FlatTokens(LightningModule):
+    """PyTorch's word language model: ids (T + 1, B), and predictions (K * B, V) without time."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.bptt = case.chunk
+        self.encoder = nn.Embedding(case.inputs + 2, case.hidden)
+        self.rnn = nn.LSTM(case.hidden, case.hidden)
+        self.decoder = nn.Linear(case.hidden, case.inputs + 2)
+
+    def forward(self, ids: Tensor, hidden: Any = None) -> tuple[Tensor, Any]:
+        output, hidden = self.rnn(self.encoder(ids), hidden)
+        return self.decoder(output.reshape(-1, output.size(2))), hidden
+
+    def training_step(self, source: Tensor, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        hidden: Any = None
+        for i in range(0, source.size(0) - 1, self.bptt):
+            length = min(self.bptt, source.size(0) - 1 - i)
+            output, hidden = self(source[i : i + length], hidden)
+            opt.zero_grad()
+            targets = source[i + 1 : i + 1 + length].reshape(-1)
+            self.manual_backward(F.cross_entropy(output, targets))
+            opt.step()
+            hidden = tuple(h.detach() for h in hidden)
+
+    def configure_optimizers(self) -> optim.Optimizer:
+        return optim.SGD(self.parameters(), lr=0.5)
+
+
+def flat_loss(logits: Tensor, ids: Tensor) -> Tensor:
+    return F.cross_entropy(logits, ids.reshape(-1))
+
+
+class LockedDropout(Plain):
+    """One mask for the whole sequence, drawn by its first chunk and carried in the state."""
+
+    def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        h, mask = (None, None) if state is None else state
+        features, h = self.rnn(x, h)
+        if mask is None:
+            mask = torch.bernoulli(torch.full_like(features[:, :1], 0.7)) / 0.7
+        return self.head(features * mask.detach()), (h, mask.detach())
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        state: Any = None
+        for x, y in zip(*(b.split(self.k, dim=1) for b in batch), strict=True):
+            prediction, state = self(x, state)
+            opt.zero_grad()
+            self.manual_backward(F.mse_loss(prediction, y))
+            opt.step()
+            state = tuple(s.detach() for s in state)
+
+
+class LossInForward(Plain):
+    """Takes the targets as forward's second argument, and returns the loss."""
+
+    def forward(self, x: Tensor, y: Tensor, memory: Any = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        features, memory = self.rnn(x, memory)
+        return F.mse_loss(self.head(features), y), memory
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        memory: Any = None
+        for x, y in zip(*(b.split(self.k, dim=1) for b in batch), strict=True):
+            loss, memory = self(x, y, memory)
+            opt.zero_grad()
+            self.manual_backward(loss)
+            opt.step()
+            memory = memory.detach()
+
+
+class SingleFeature(Plain):
+    """Batches are numbers (B, T), of which the loop makes a single feature."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(replace(case, inputs=1, outputs=1))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        state: Any = None
+        for x, y in zip(*(b.split(self.k, dim=1) for b in batch), strict=True):
+            prediction, state = self(x.unsqueeze(-1), state)
+            opt.zero_grad()
+            self.manual_backward(F.mse_loss(prediction.squeeze(-1), y))
+            opt.step()
+            state = state.detach()
+
+
+class TakesTheIterator(SummedLosses):
+    """Lightning hands it its iterator, and it takes a batch from it."""
+
+    def training_step(self, dataloader_iter: Any) -> None:  # type: ignore[override]
+        batch, batch_idx, _ = next(dataloader_iter)
+        super().training_step(batch, batch_idx)
+
+
+class SlottedState:
+    """A state that keeps its tensors in slots."""
+
+    __slots__ = ("c", "h")
+
+    def __init__(self, h: Tensor, c: Tensor) -> None:
+        self.h = h
+        self.c = c
+
+
+class StateInSlots(LightningModule):
+    """An LSTM whose state is an object of its own."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.k = case.chunk
+        self.lstm = nn.LSTM(case.inputs, case.hidden, batch_first=True)
+        self.head = nn.Linear(case.hidden, case.outputs)
+
+    def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, SlottedState]:
+        features, (h, c) = self.lstm(x, state and (state.h, state.c))
+        return self.head(features), SlottedState(h, c)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        state: Any = None
+        for x, y in zip(*(b.split(self.k, dim=1) for b in batch), strict=True):
+            prediction, state = self(x, state)
+            opt.zero_grad()
+            self.manual_backward(F.mse_loss(prediction, y))
+            opt.step()
+            state = SlottedState(state.h.detach(), state.c.detach())
+
+    def configure_optimizers(self) -> optim.Optimizer:
+        return optim.Adam(self.parameters(), lr=0.01)
+
+
+def train_within_backward(model: nn.Module, batches: Batches, *, bptt: int) -> None:
+    """Update each parameter as soon as its gradient is there, and free it."""
+    made = {p: optim.SGD([p], lr=0.1) for p in model.parameters()}
+
+    def update(parameter: Tensor) -> None:
+        made[parameter].step()  # type: ignore[index]
+        made[parameter].zero_grad()  # type: ignore[index]
+
+    hooks = [p.register_post_accumulate_grad_hook(update) for p in model.parameters()]
+    for x, y in batches:
+        state = None
+        for start in range(0, x.size(1), bptt):
+            prediction, state = model(x[:, start : start + bptt], state)
+            F.mse_loss(prediction, y[:, start : start + bptt]).backward()
+            state = state.detach()
+    for hook in hooks:
+        hook.remove()
+
+
 def growing(steps: int) -> list[int]:
     """Return 1, 2, 3, ... that add up to `steps`; the last may be less."""
     lengths: list[int] = []
@@ -1541,5 +1967,53 @@ OTHER: dict[str, tuple[str, Callable[[Case], Unusual]]] = {
             F.mse_loss,
             [(x, y) for x, y, _ in marked_chunks(replace(c, batches=1))],
         ),
+    ),
+    "warmed_up": ("the rate of each update is set before it", usual(WarmedUp)),
+    "penalized": (
+        "forward(x, state) returns (prediction, state, features); the loss takes all, and weights",
+        lambda c: Unusual(Penalized(c), None, c.tensors()),
+    ),
+    "looks_ahead": ("the optimizer wraps another one", usual(LooksAhead)),
+    "unfreezes": ("some layers are frozen for the first batch", usual(Unfreezes)),
+    "spectrally_normed": ("a power iteration in buffers", usual(SpectrallyNormed)),
+    "clips_in_backward": ("a hook in forward clips a gradient", usual(ClipsInBackward)),
+    "clips_units": ("gradients are clipped by the norm of each unit's weights", usual(ClipsUnits)),
+    "scales_its_loss": ("losses are scaled up, and gradients down again", usual(ScalesItsLoss)),
+    "masked_tail": (
+        "the last chunk is filled up, and what was filled in masked",
+        usual(MaskedTail),
+    ),
+    "whole_chunks": ("the shorter, last chunk is left out", usual(WholeChunks)),
+    "embeds_outside": ("the loop embeds inputs before forward", usual(EmbedsOutside)),
+    "actor_critic": (
+        "the loss detaches an advantage",
+        lambda c: Unusual(ActorCritic(c), actor_critic_loss, c.tensors()),
+    ),
+    "frames": (
+        "a batch is one video (B, T + 1, C, H, W); targets are the next frames",
+        lambda c: Unusual(Frames(c), F.mse_loss, videos(c)),
+    ),
+    "flat_tokens": (
+        "a batch is ids (T + 1, B), and forward returns predictions (K * B, V)",
+        lambda c: Unusual(FlatTokens(c), flat_loss, [i.t().contiguous() for i in token_batches(c)]),
+    ),
+    "locked_dropout": ("a mask for the whole sequence is part of the state", usual(LockedDropout)),
+    "loss_in_forward": (
+        "forward(x, y, memory) returns (loss, memory)",
+        lambda c: Unusual(LossInForward(c), None, c.tensors()),
+    ),
+    "single_feature": (
+        "a batch is (B, T) and (B, T); the loop makes a single feature of its numbers",
+        lambda c: Unusual(
+            SingleFeature(c),
+            lambda prediction, y: F.mse_loss(prediction.squeeze(-1), y),
+            [(x[..., 0].contiguous(), y[..., 0].contiguous()) for x, y in c.tensors()],
+        ),
+    ),
+    "takes_the_iterator": ("training_step(dataloader_iter)", usual(TakesTheIterator)),
+    "state_in_slots": ("the state is an object with slots", usual(StateInSlots)),
+    "within_backward": (
+        "hooks make each parameter's update in the midst of backward",
+        trained_by(train_within_backward),
     ),
 }
