@@ -69,6 +69,7 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
             "compare",
             "contract",
             "forward",
+            "places",
             "process",
             "rederivation",
             "state",
