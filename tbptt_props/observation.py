@@ -197,6 +197,10 @@ def _usable(index: int, whole: Any, parts: Parts | None) -> Batch:
         batch = Batch.of(whole, parts)
     except ValueError as error:
         raise ValueError(f"{name} {error}") from error
+    except Exception as error:
+        raise ValueError(
+            f"{name} must be what parts takes apart, but parts raised {type(error).__name__}: {error}"
+        ) from error
     _require_finite(name, batch)
     return batch.converted(torch.get_default_dtype())
 

@@ -309,6 +309,16 @@ def test_batches_that_cannot_be_trained_on_are_refused(what: str) -> None:
     assert str(refusal.value) == due
 
 
+def test_parts_that_raise_are_told_of_by_their_name() -> None:
+    with pytest.raises(ValueError) as refusal:  # noqa: PT011 -- its text is compared below
+        tb.check(subject(parts=lambda batch: (batch["x"], batch["y"])), CASE)
+
+    assert str(refusal.value) == (
+        "batches[0] must be what parts takes apart, but parts raised TypeError: tuple indices must "
+        "be integers or slices, not str"
+    )
+
+
 @pytest.mark.parametrize(
     "batches",
     [
