@@ -198,9 +198,9 @@ def _usable(index: int, whole: Any, parts: Parts | None) -> Batch:
     except ValueError as error:
         raise ValueError(f"{name} {error}") from error
     except Exception as error:
-        raise ValueError(
-            f"{name} must be what parts takes apart, but parts raised {type(error).__name__}: {error}"
-        ) from error
+        raised = f"{type(error).__name__}: {error}"
+        due = f"{name} must be what parts takes apart, but parts raised {raised}"
+        raise ValueError(due) from error
     _require_finite(name, batch)
     return batch.converted(torch.get_default_dtype())
 
