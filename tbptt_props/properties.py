@@ -572,14 +572,16 @@ def _cut_off(chunk: Chunk) -> Iterator[tuple[str, str]]:
 
 def _moved_along(states: Sequence[Tensors], before: Chunk, chunk: Chunk) -> Iterator[Tensors]:
     """Yield states as they are due where sequences changed places, or only some of them go on."""
-    lanes, into = before.lanes, chunk.lanes
-    known = bool(lanes and into)
-    went_on = {sequence for sequence, _ in chunk.inputs} == {b for b, _ in before.inputs}
+    if not before.lanes or not chunk.lanes:
+        sequences, others = ({sequence for sequence, _ in c.inputs} for c in (before, chunk))
+        if sequences == others or chunk.batch != before.batch:
+            yield from states
+        return
     for state in states:
-        if lanes == into if known else went_on or chunk.batch != before.batch:
+        if before.lanes == chunk.lanes:
             yield state
-        elif known:
-            yield from _reordered(state, lanes, into)
+        else:
+            yield from _reordered(state, before.lanes, chunk.lanes)
 
 
 def _reordered(state: Tensors, lanes: Sequence[int], into: Sequence[int]) -> Iterator[Tensors]:
