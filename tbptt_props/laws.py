@@ -229,6 +229,9 @@ def resumed(
     if marks.boundary is None:
         if any(chunk.span is None for chunk in watch.closed):
             return Rerun(where, missing="inputs of forward are not the batch's own")
+        padding = batches[batch].padding
+        if all((sequence, start) in padding for sequence in range(len(batches[batch].inputs))):
+            return Rerun(where, missing="a boundary at which some sequence goes on")
         return Rerun(where, problem="no chunk starts there to go on from")
     return _rerun(fresh, batches, marks.boundary, first, where)
 

@@ -211,6 +211,7 @@ WIRED_CASES = (
     *CASES,
     tb.Case(batch=2, steps=11, chunk=2, inputs=2, hidden=3, outputs=2, batches=1, seed=0),
     tb.Case(batch=2, steps=3, chunk=5, inputs=2, hidden=3, outputs=1, batches=2, seed=16),
+    tb.Case(steps=2, chunk=1),
 )
 
 
