@@ -273,9 +273,8 @@ def gradients_span_the_whole_chunk(link: Link) -> Iterator[Finding]:
     for path, name in _cut_off(link.chunk):
         where = f"{link.chunk}, incoming {path}"
         yield Violation(where, f"{name}'s value, detached", "attached to it, for it to be learned")
-    starts = link.starts
     for before, after in pairwise(link.chunk.pieces):
-        if after[0] not in starts:
+        if after[0] not in link.starts:
             where = f"{link.chunk}, state at time step {after[0]}"
             yield Violation(where, f"cut from time steps {spanned(before)}", "attached to them")
             return
@@ -338,9 +337,8 @@ def each_chunk_updates_once(link: Link) -> Iterator[Finding]:
     if not outcome.complete:
         yield NotJudged("a backward that comes to its end")
         return
-    starts = link.starts
     pieces = link.chunk.pieces
-    together = len(pieces) > 1 and all(start in starts for start, _ in pieces)
+    together = len(pieces) > 1 and {start for start, _ in pieces} <= link.starts
     if together and not link.contract.adds_up:
         yield Violation(f"{link.chunk}, updates", f"1 for the chunks {_listed(pieces)}", "1 each")
         return
