@@ -266,9 +266,10 @@ def _mixed(subject: Subject, chunk: Chunk, given: Given) -> tuple[Mixing, ...] |
     depends on those before it, or behind it, alone is taken for a time step.
     """
     dim = _sequence_dimension(chunk, given)
-    if dim is None or given.calls[0].x.shape[dim] < 2:
+    count = 0 if dim is None else given.calls[0].x.shape[dim]
+    # Rows that are not of one sequence each are a mistake in how chunks are cut.
+    if dim is None or count < 2 or len({*chunk.lanes}) != count:
         return None
-    count = given.calls[0].x.shape[dim]
     try:
         plain = _with_row(subject, given, dim)
         moves = {row: _moves(subject, given, dim, row, plain) for row in (0, count - 1)}
@@ -276,9 +277,8 @@ def _mixed(subject: Subject, chunk: Chunk, given: Given) -> tuple[Mixing, ...] |
         return None
     if any(found is None for found in moves.values()) or all(moves.values()):
         return None
-    names = chunk.lanes if len(chunk.lanes) == count else range(count)
     return tuple(
-        Mixing(names[row], names[by], moved)
+        Mixing(chunk.lanes[row], chunk.lanes[by], moved)
         for by, found in moves.items()
         for row, moved in found or ()
     )

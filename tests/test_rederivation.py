@@ -93,6 +93,7 @@ def chunk(
         batch=0,
         span=(0, case.steps),
         inputs=tuple((b, t) for b in range(case.batch) for t in range(case.steps)),
+        lanes=tuple(range(case.batch)),
         given=replace(made, **changes),
         outcome=outcome,
         starts_batch=starts_batch,
@@ -1266,6 +1267,14 @@ def test_time_may_come_first() -> None:
     for module, found in ((right, []), (wrong, [(1, 0)])):
         given = replace(chunk(module).given, calls=calls)  # type: ignore[type-var]
         assert mixed(module, given=given, inputs=places) == found
+
+
+def test_rows_that_are_not_of_one_sequence_each_are_not_blamed_on_the_core() -> None:
+    along_the_batch = grown(Shaped(as_is, as_is, nn.RNN(CASE.inputs, CASE.hidden)))
+
+    assert mixed(along_the_batch) == [(1, 0)]
+    assert mixed(along_the_batch, lanes=()) is None
+    assert mixed(along_the_batch, lanes=(0,) * CASE.batch) is None
 
 
 def test_token_ids_stay_what_may_be_ids() -> None:
