@@ -6,6 +6,7 @@ import argparse
 import importlib
 import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return 0 if the properties hold, 1 if one is broken, 2 if misused."""
     options = _parser().parse_args(arguments)
     try:
-        return {"check": _check, "replay": _replay, "faults": _faults}[options.command](options)
+        commands = {"check": _check, "replay": _replay, "init": _init, "faults": _faults}
+        return commands[options.command](options)
     except Misused as error:
         print(f"tbptt-props: {error}", file=sys.stderr)
         return MISUSED
@@ -58,6 +60,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     replay.add_argument("subject", metavar="module.path:build", help="a function of a Case")
     replay.add_argument("case", metavar="CASE", help="as in 'Case(steps=5, chunk=2)'")
+    init = commands.add_parser(
+        "init",
+        help="write a test file for a LightningModule",
+        description="Find out how a LightningModule is built, fed and cut into chunks by training "
+        "it, tell what was seen, and write a test file that judges it; what can't be known stands "
+        "in it as a question. Exit code 0 if the file was written, 2 if not.",
+    )
+    init.add_argument("module", metavar="package.module:Class", help="a LightningModule")
+    init.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="by default tests/test_CLASS_tbptt.py"
+    )
     faults = commands.add_parser(
         "faults",
         help="measure the properties on loops that are broken on purpose",
@@ -123,6 +136,36 @@ def _replay(options: argparse.Namespace) -> int:
     for verdict in report.broken:
         print(f"\n{failure_text(report, verdict)}")
     return BROKEN if report.broken else HOLDS
+
+
+def _init(options: argparse.Namespace) -> int:
+    kind = _load(options.module)
+    import lightning.pytorch as pl
+
+    from tbptt_props import wiring
+    from tbptt_props.report import WIDTH
+
+    if not isinstance(kind, type) or not issubclass(kind, pl.LightningModule):
+        raise Misused(f"{options.module} is no LightningModule: write build(case) by hand")
+    module = options.module.partition(":")[0]
+    try:
+        found = wiring.drafted(kind, module)
+    except wiring.Unknown as error:
+        raise Misused(f"{options.module}: {error}") from error
+    file = options.output or _beside_tests(f"{found.draft.test}_tbptt.py")
+    if file.exists():
+        raise Misused(f"{file} exists already: name another one with --output")
+    file.write_text(found.draft.source(), encoding="utf-8")
+    print(options.module, *wiring.told(found), "", sep="\n")
+    for question in found.draft.questions:
+        print(textwrap.fill(f"question: {question}", WIDTH, subsequent_indent="  "), end="\n\n")
+    print(f"Written: {file}. Read it, then run: pytest {shlex.quote(str(file))}")
+    return HOLDS
+
+
+def _beside_tests(name: str) -> Path:
+    tests = Path("tests")
+    return tests / name if tests.is_dir() else Path(name)
 
 
 def _misused(subject: str, error: Exception) -> Misused:

@@ -118,7 +118,8 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
         },
         "plugin": {"ledger", "options", "properties"},
         "catalogue": {"case", "contract", "judge", "report", "strategies", "subject", "trace"},
-        "__main__": {"case", "catalogue", "judge", "report", "subject"},
+        "wiring": {"case", "judge", "observation", "process", "report", "state", "subject", "trace"},
+        "__main__": {"case", "catalogue", "judge", "report", "subject", "wiring"},
         "__init__": {
             "case",
             "contract",
