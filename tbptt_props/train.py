@@ -42,6 +42,11 @@ def train(
         return _trained(subject, batches, watch, skip, validation)
 
 
+def is_lightnings(kind: object) -> bool:
+    """Tell whether it is a class of LightningModules."""
+    return isinstance(kind, type) and issubclass(kind, pl.LightningModule)
+
+
 def validates(module: object) -> bool:
     """Tell whether a module says how it is validated by Lightning."""
     own = getattr(type(module), "validation_step", None)

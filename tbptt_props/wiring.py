@@ -9,9 +9,9 @@ Shapes: B sequences, T time steps, I inputs, O outputs.
 from __future__ import annotations
 
 import ast
-import importlib
 import inspect
 import re
+import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,6 +30,7 @@ from tbptt_props.report import WIDTH, Report
 from tbptt_props.state import leaves
 from tbptt_props.subject import ObservationError, Subject
 from tbptt_props.trace import Span, counted, spanned
+from tbptt_props.train import is_lightnings
 
 PROBE = Case(batch=3, steps=7, chunk=2, inputs=4, hidden=5, outputs=6, batches=2)
 ONE_CHUNK = replace(PROBE, steps=2, batches=1)  # on which a loop trains that never detaches
@@ -320,7 +321,7 @@ def own_losses(kind: type, module: str) -> Iterator[Loss]:
 
     A loss module that torch has is told by the function it calls.
     """
-    here = importlib.import_module(module)
+    here = sys.modules[module]
     for node in ast.walk(_tree(kind)):
         if not isinstance(node, ast.Call) or len(node.args) != 2:
             continue
@@ -451,12 +452,14 @@ def tried(draft: Draft, case: Case = PROBE) -> Found:
     return Found(draft, report, losses=tuple(losses.met))
 
 
-def drafted(kind: type, module: str) -> Found:
+def drafted(kind: Any, module: str) -> Found:
     """Return the test file that fits a LightningModule best, and what was seen with it.
 
     Raises:
-        Unknown: the module can't be built or trained; the message says what stands in the way.
+        Unknown: it is no LightningModule, or can't be built or trained; the message says why.
     """
+    if not is_lightnings(kind):
+        raise Unknown("it is no LightningModule: write a build(case) by hand")
     with undisturbed(dtype=torch.get_default_dtype(), seed=0):
         found = _drafted(kind, module)
         return replace(found, seen=_seen(found.draft))

@@ -118,7 +118,17 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
         },
         "plugin": {"ledger", "options", "properties"},
         "catalogue": {"case", "contract", "judge", "report", "strategies", "subject", "trace"},
-        "wiring": {"case", "judge", "observation", "process", "report", "state", "subject", "trace"},
+        "wiring": {
+            "case",
+            "judge",
+            "observation",
+            "process",
+            "report",
+            "state",
+            "subject",
+            "trace",
+            "train",
+        },
         "__main__": {"case", "catalogue", "judge", "report", "subject", "wiring"},
         "__init__": {
             "case",

@@ -397,7 +397,7 @@ def test_a_file_that_is_there_is_left_alone(
 @pytest.mark.parametrize(
     ("what", "why"),
     [
-        ("half_of_it", "is no LightningModule: write build(case) by hand"),
+        ("half_of_it", "half_of_it: it is no LightningModule: write a build(case) by hand"),
         ("Unheard", "Unheard must be given 'wherewithal', and what it is can't be told"),
         ("Fussy", "Fussy(hidden=case.hidden) raised ValueError: hidden must be a power of two"),
         ("Untrainable", "no batch was found that Untrainable trains on: RuntimeError: no such"),
