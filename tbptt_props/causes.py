@@ -56,7 +56,7 @@ def state_changes_its_type(seen: Evidence) -> bool:
     its layers
     """
     found = re.search(r"'(tuple|list)' object has no attribute '(\w+)'", seen.error)
-    return found is not None and found[2] != "detach"
+    return found is not None and found[2] != "detach" and bool(seen.looks)
 
 
 def forward_detaches_within_a_chunk(seen: Evidence) -> bool:

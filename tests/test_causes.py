@@ -231,6 +231,17 @@ def test_where_no_known_cause_fits_the_report_says_so() -> None:
     assert "  likely cause      none of the known ones fits" in report.as_text().splitlines()
 
 
+def test_what_raises_before_any_state_was_handed_on_is_no_matter_of_states() -> None:
+    def train(module: torch.nn.Module, batches: Any) -> None:
+        list(batches).to("cpu")  # type: ignore[attr-defined]
+
+    subject = tb.Subject(torch.nn.RNN(1, 1, batch_first=True), train=train)
+    report = tb.check(subject, tb.Case(steps=2, chunk=1))
+
+    assert "'list' object has no attribute 'to'" in report.as_text()
+    assert report["training_reaches_the_end"].causes == ()
+
+
 def test_a_case_that_two_mistakes_break_alike_names_both() -> None:
     case = tb.Case(steps=2, chunk=1)
     cuts = tb.check(tb.Subject(Fault(faults_time.NeverCuts).build(case), loss=mse_loss), case)
