@@ -106,24 +106,29 @@ def _judge(
             unclear = _not_finite(link)
             for p in of_links:
                 findings = judged[p.__name__]
-                findings.set_aside(unclear) if unclear else findings.add(_placed(p, link))
+                findings.set_aside(unclear) if unclear else findings.add(_placed(p, p(link), chunk))
             looking.at(link, alone=len(plans) == len(plans[0]) == 1)
             before[:] = [chunk.light()]
 
         trace = run(fresh, case, judge_link)
         for p in of_runs:
-            judged[p.__name__].add(p(trace))
+            judged[p.__name__].add(_placed(p, p(trace), next(iter(trace.chunks), None)))
     broken = [name for name, findings in judged.items() if findings.violations]
     causes = causes_of(looking.evidence(trace, broken, _longest(twin.contract, case, plans)))
     verdicts = tuple(judged[p.__name__].verdict(p, case, causes) for p in properties)
     return Report(name, verdicts, trace=trace)
 
 
-def _placed(judged: LinkProperty, link: Link) -> Iterator[Finding]:
-    """Yield what a property finds of a link, with the user's line to look at."""
-    for finding in judged(link):
-        if isinstance(finding, Violation):
-            yield replace(finding, line=line_of(judged, link.chunk))
+def _placed(
+    judged: Property, findings: Iterator[Finding], chunk: Chunk | None
+) -> Iterator[Finding]:
+    """Yield what a property finds, with the user's line to look at; of a run, in its first chunk.
+
+    A loop is written once: what it does on a line in one chunk, it does there in every one.
+    """
+    for finding in findings:
+        if isinstance(finding, Violation) and chunk is not None:
+            yield replace(finding, line=line_of(judged, chunk))
         else:
             yield finding
 

@@ -772,8 +772,11 @@ def _first(differences: Iterator[Difference]) -> Iterator[Difference]:
         return
 
 
-# Where to look if a chunk breaks a property: at the first of these events whose line is known.
-AT: dict[LinkProperty, tuple[Kind, ...]] = {
+# Where to look if a property is broken: at the first of these events whose line is known.
+AT: dict[RunProperty | LinkProperty, tuple[Kind, ...]] = {
+    chunks_tile_the_sequence: ("forward",),
+    training_moves_the_parameters: ("update", "backward"),
+    updates_go_through_lightnings_optimizer: ("update",),
     state_crosses_every_boundary: ("forward",),
     state_starts_afresh_with_each_batch: ("forward",),
     graph_crosses_no_boundary: ("forward",),
@@ -791,10 +794,9 @@ AT: dict[LinkProperty, tuple[Kind, ...]] = {
 }
 
 
-def line_of(judged: LinkProperty, chunk: Chunk) -> str:
+def line_of(judged: RunProperty | LinkProperty, chunk: Chunk) -> str:
     """Return the line of the user's source to look at where a chunk breaks a property, or ''."""
-    known = chunk.outcome.lines if chunk.outcome else {}
-    line = next((known[kind] for kind in AT.get(judged, ()) if kind in known), None)
+    line = next((chunk.lines[kind] for kind in AT.get(judged, ()) if kind in chunk.lines), None)
     return "" if line is None else shown(line)
 
 

@@ -153,7 +153,6 @@ class Outcome:
     standing: Tensors = field(default_factory=dict)  # gradients of chunks that share the update
     left: Tensors = field(default_factory=dict)  # those and this chunk's, as backward left them
     returned: bool = False  # gradients were handed back to the loop, which left them nowhere
-    lines: Mapping[Kind, Line] = field(default_factory=dict)  # of the user's, on which each came
     idle: str = ""  # why an update by hand may have been made, and could not be seen
     besides: frozenset[str] = frozenset()  # parameters with a way to the loss past forward
 
@@ -182,6 +181,7 @@ class Chunk:
     context: int = 0  # time steps among its inputs that belong to chunks before
     padded: bool = False  # with rows from outside the batch, on which its loss does not depend
     adds_up: bool = False  # its gradients are promised to stay for the next chunk's update
+    lines: Mapping[Kind, Line] = field(default_factory=dict)  # the user's, on which events came
 
     def __str__(self) -> str:
         """Say which chunk this is, in a person's words."""

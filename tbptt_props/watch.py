@@ -1113,7 +1113,6 @@ class Watch:
                 left=live.left,
                 returned=live.returned,
                 idle=live.idle,
-                lines=live.lines,
                 besides=live.besides,
             ),
             starts_batch=live.starts_batch,
@@ -1123,6 +1122,7 @@ class Watch:
             moved=_has_moved(live.rules),
             index=live.index,
             adds_up=self.subject.contract.adds_up,
+            lines=live.lines,
             padded=_is_padded(live.calls),
         )
 
