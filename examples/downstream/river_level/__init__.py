@@ -1,0 +1,1 @@
+"""Forecasts a river's level from the rain upstream."""
