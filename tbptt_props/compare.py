@@ -174,13 +174,22 @@ def scaling(gradients: Tensors, handed: Tensors) -> tuple[float, float]:
     return float(after.norm() / before.norm()), float(after.norm())
 
 
-def clipped(gradients: Tensors, *, norm: float | None, value: float | None) -> Tensors:
-    """Return gradients clipped by their joint norm, or entry by entry; or as they are."""
+def clipped(
+    gradients: Tensors, *, norm: float | None, value: float | None, met: Tensors | None = None
+) -> Tensors:
+    """Return gradients clipped by their joint norm, or entry by entry; or as they are.
+
+    Where those that an update met are as well clipped by the very norm, these are due.
+    """
     if value is not None:
         return {name: g.clamp(-value, value) for name, g in gradients.items()}
     if norm is None or not gradients:
         return gradients
     total = torch.stack([g.norm() for g in gradients.values()]).norm()
-    # torch divides by the norm plus 1e-6, so as not to divide by zero.
-    factor = (norm / (total + 1e-6)).clamp(max=1.0)
-    return {name: g * factor for name, g in gradients.items()}
+    # torch divides by the norm plus 1e-6, so as not to divide by zero; others don't.
+    by_torch, by_hand = (
+        {name: g * (norm / (total + more)).clamp(max=1.0) for name, g in gradients.items()}
+        for more in (1e-6, 0.0)
+    )
+    exactly = met is not None and bool(total) and not any(worst(met, by_hand))
+    return by_hand if exactly else by_torch

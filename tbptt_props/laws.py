@@ -226,6 +226,10 @@ def resumed(
     unknown = _unknown_memory(watch)
     if unknown:
         return Rerun(where, missing=unknown)
+    if (
+        len({trained for i, trained in watch.trained if i == batch}) > 1
+    ):  # optimizers that take turns, by a count of the loop's own
+        return Rerun(where, missing="chunks that all train the same parameters")
     if marks.boundary is None:
         if any(chunk.span is None for chunk in watch.closed):
             return Rerun(where, missing="inputs of forward are not the batch's own")
@@ -384,9 +388,7 @@ class _GoingOn:
             parameter.copy_(left.parameters[name])
             parameter.requires_grad_(name in left.trainable)
             parameter.grad = torch.zeros_like(parameter) if name in left.graded else None
-        for name, buffer in self.module.named_buffers():
-            if name in left.buffers:
-                put_buffer(self.module, name, buffer, left.buffers[name])
+        self._set_buffers()
         self._set_attributes()
         for optimizer, memory in zip(self.training.optimizers, left.memory, strict=True):
             optimizer.load_state_dict(copy.deepcopy(memory))
@@ -394,6 +396,12 @@ class _GoingOn:
             scheduler.load_state_dict(copy.deepcopy(schedule))
         self.training.set_updates(left.updates)
         set_randomness(left.randomness)
+
+    @torch.no_grad()
+    def _set_buffers(self) -> None:
+        for name, buffer in self.module.named_buffers():
+            if name in self.left.buffers:
+                put_buffer(self.module, name, buffer, self.left.buffers[name])
 
     def _set_attributes(self) -> None:
         for name, part in self.module.named_modules():
@@ -413,6 +421,7 @@ class _GoingOn:
         if self.entered is None:
             self.layout = _layout(arguments.x)
             if self.left.thorough:
+                self._set_buffers()
                 self._set_attributes()
                 self._set_rates()
             self.entered = {path: leaf.detach().clone() for path, leaf in handed.items()}
@@ -486,6 +495,13 @@ def one_chunk(
     return Rerun(where, first, known)
 
 
+def _met_by(rule: Rule, chunk: Chunk) -> Tensors | None:
+    """Return the gradients that an optimizer's update of the chunk met."""
+    assert chunk.outcome is not None
+    met = (r.handed for r in chunk.outcome.rules if r.optimizer is rule.optimizer)
+    return next(met, None)
+
+
 def _as_set(rule: Rule, met: Sequence[Rule]) -> Rule:
     """Return the rule with the settings that its update met: a loop may warm a rate up."""
     settings = (later.groups for later in met if later.optimizer is rule.optimizer)
@@ -542,7 +558,8 @@ def _ordinary(
     for i, rule in enumerate(rules):
         members = {name for group in rule.groups for name in group["params"]}
         own = {name: g for name, g in gradients.items() if name in members}
-        handed = clipped(own, norm=contract.clip_norm, value=contract.clip_value)
+        met = _met_by(rule, chunk)
+        handed = clipped(own, norm=contract.clip_norm, value=contract.clip_value, met=met)
         optimizer = apply_rule(rule, copies, handed)
         for parameter, remembered in optimizer.state.items():
             name = names.get(id(parameter), "")

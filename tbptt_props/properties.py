@@ -758,7 +758,7 @@ def _changed_on_the_way(link: Link) -> Iterator[Finding]:
         left = {name: g for name, g in outcome.met.items() if name in names}
         if not promised and is_clipped(left, rule.handed):
             continue
-        due = clipped(left, norm=contract.clip_norm, value=contract.clip_value)
+        due = clipped(left, norm=contract.clip_norm, value=contract.clip_value, met=rule.handed)
         as_due = "clipped as promised" if promised else "as backward left it"
         for wrong in _first(worst(rule.handed, due)):
             where = f"{link.chunk}, gradient of {wrong.entry} at the update"

@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from tbptt_props.byhand import BY_HAND
 from tbptt_props.compare import close, difference, near, near_slope, same, worst
 from tbptt_props.forward import Arguments, Forward
 from tbptt_props.graph import nodes_behind
+from tbptt_props.layout import as_the_loss_takes, of_parts
 from tbptt_props.process import randomness, set_randomness
 from tbptt_props.state import leaves, map_tensors, value_of
 from tbptt_props.subject import ObservationError, Subject
@@ -38,6 +39,8 @@ from tbptt_props.trace import (
 )
 
 Form = Literal["whole", "mean", "sum"]  # how a loss is put together from several calls
+
+_Measured = TypeVar("_Measured")
 
 ROUNDING = 1e-15  # a few of float64's units in the last place
 NUDGE = 1e-5  # central differences in float64: truncation error near NUDGE² = 1e-10
@@ -95,6 +98,7 @@ class _Again:
 def _rederived(
     subject: Subject, chunk: Chunk, given: Given, outcome: Outcome, *, slope: bool, mixing: bool
 ) -> Expected:
+    given = replace(given, target=_laid_out(subject, given, outcome.loss))
     _load(subject.module, given)
     again = _run(subject, given, outcome.loss)
     within_batch = not chunk.starts_batch
@@ -113,6 +117,22 @@ def _rederived(
     del again  # its gradients are many parameters long, and so are those of the update
     parameters, rule_missing = _updated(outcome, subject.module)
     return replace(expected, parameters=parameters, rule_missing=rule_missing)
+
+
+def _laid_out(subject: Subject, given: Given, found: float) -> Any:
+    """Return the targets as the loop lays them out, told from the loss that it found."""
+    prediction = given.calls[0].prediction
+    if subject.loss is None or given.target is None or prediction is None or len(given.calls) > 1:
+        return given.target
+    kept = (
+        prediction if not given.context else _behind(given.context, [prediction], given.target)[0]
+    )
+    return as_the_loss_takes(_loss_of(subject, given), kept, given.target, found)
+
+
+def _loss_of(subject: Subject, given: Given) -> Callable[[Any, Any], Tensor]:
+    assert subject.loss is not None  # without one, there is no target
+    return of_parts(subject.loss, given.calls[0].nest)
 
 
 def _shared(due: Tensors, found: Tensors) -> Tensors:
@@ -163,10 +183,29 @@ def _differentiated(
     loss: Tensor, predictions: Sequence[Tensor], trainable: Mapping[str, nn.Parameter]
 ) -> tuple[list[Tensor | None], Tensors]:
     """Return the loss's gradient by each prediction, and by each parameter."""
-    wanted = [*predictions, *trainable.values()]
-    grads = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
+    grads = _gradients([loss], [*predictions, *trainable.values()], [None])
     by_parameter = zip(trainable, grads[len(predictions) :], strict=True)
     return list(grads[: len(predictions)]), {n: g for n, g in by_parameter if g is not None}
+
+
+def _gradients(
+    roots: Sequence[Tensor], wanted: Sequence[Tensor], along: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Return the gradients of `roots` by what is wanted."""
+    try:
+        return [*torch.autograd.grad(roots, wanted, along, retain_graph=True, allow_unused=True)]
+    except RuntimeError as error:
+        if "checkpoint" not in str(error):
+            raise
+    # One that is reentrant leaves gradients where they are wanted, and returns none.
+    for tensor in wanted:
+        tensor.grad = None
+        tensor.retain_grad()
+    torch.autograd.backward(roots, along, retain_graph=True)
+    found = [tensor.grad for tensor in wanted]
+    for tensor in wanted:
+        tensor.grad = None
+    return found
 
 
 def _of_the_loss_seen(subject: Subject, again: _Again, outcome: Outcome) -> Tensors:
@@ -197,13 +236,17 @@ def _load(module: nn.Module, given: Given) -> None:
 
 def _load_values(module: nn.Module, given: Given) -> None:
     """Put buffers, plain attributes and random numbers where they were when the chunk began."""
-    with torch.no_grad():
-        for name, buffer in module.named_buffers():
-            if name in given.buffers:
-                put_buffer(module, name, buffer, given.buffers[name])
+    _put_buffers(module, given)
     for name, part in module.named_modules():
         part.__dict__.update(value_of(given.attributes.get(name, {})))
     set_randomness(given.randomness)
+
+
+@torch.no_grad()
+def _put_buffers(module: nn.Module, given: Given, but: Sequence[str] = ()) -> None:
+    for name, buffer in module.named_buffers():
+        if name in given.buffers and name not in but:
+            put_buffer(module, name, buffer, given.buffers[name])
 
 
 def put_buffer(module: nn.Module, name: str, buffer: Tensor, value: Tensor) -> None:
@@ -254,7 +297,14 @@ def _in_two(
     shapes = [[leaf.shape for leaf in leaves(tree).values()] for tree in (again.state, midway)]
     if shapes[0] != shapes[1] or not close(before, whole.narrow(time, 0, part)):
         return None
-    _, carried = _repeat(forward, replace(first, x=late, handed=True), midway)
+    rest = replace(first, x=late, handed=True)
+    _, carried = _repeat(forward, rest, value_of(midway))
+    if not torch.equal(torch.get_rng_state(), given.randomness[0]):
+        return None  # noise on a state that comes in, say
+    wrong = tuple(worst(leaves(carried), leaves(again.state)))
+    if wrong:  # a forward may make weights anew in buffers with every call, as spectral norm does
+        _put_buffers(subject.module, given, but=forward.kept)
+        _, carried = _repeat(forward, rest, midway)
     return tuple(worst(leaves(carried), leaves(again.state)))
 
 
@@ -394,12 +444,12 @@ def _as_trained(
     subject: Subject, given: Given, predictions: Sequence[Tensor], form: Form
 ) -> Tensor:
     """Compute the loss over the chunk, put together in this form."""
-    assert subject.loss is not None  # without one, there is no target
+    loss = _loss_of(subject, given)
     target, by_step = given.target, all(p.dim() == 2 for p in predictions)
     if given.context:
         predictions = _behind(given.context, predictions, target)
     if len(given.calls) == 1:
-        return subject.loss(predictions[0], target)
+        return loss(predictions[0], target)
     if by_step:
         pieces = [_narrowed(target, 1, i, 1, drop=True) for i in range(len(predictions))]
         whole = torch.stack(list(predictions), dim=1)
@@ -410,8 +460,7 @@ def _as_trained(
         pieces = [_narrowed(target, time, *cut) for cut in zip(starts, lengths, strict=True)]
         whole = torch.cat(list(predictions), dim=time)
     if form == "whole":
-        return subject.loss(whole, target)
-    loss = subject.loss
+        return loss(whole, target)
     losses = torch.stack([loss(p, y) for p, y in zip(predictions, pieces, strict=True)])
     return losses.mean() if form == "mean" else losses.sum()
 
@@ -458,9 +507,7 @@ def _pulled_back(
     if not pairs or not trainable:
         return {}
     outputs, along = zip(*pairs, strict=True)
-    grads = torch.autograd.grad(
-        outputs, list(trainable.values()), along, retain_graph=True, allow_unused=True
-    )
+    grads = _gradients(outputs, list(trainable.values()), along)
     return {n: g for n, g in zip(trainable, grads, strict=True) if g is not None}
 
 
@@ -493,6 +540,8 @@ def _slopes(
         return None, None, "a forward that keeps nothing of its parameters, as spectral norm does"
     if _stopped_in_loss(subject, given, again):
         return None, None, "a loss that detaches nothing itself: its gradient is not its slope"
+    if _stopped_in_a_head(subject, given, again):
+        return None, None, "a forward that detaches nothing for some of its predictions alone"
     return wide, told, ""
 
 
@@ -568,6 +617,38 @@ def _stopped_in_loss(subject: Subject, given: Given, again: _Again) -> bool:
     return near_slope((right - left) / (2 * NUDGE), told)
 
 
+def _stopped_in_a_head(subject: Subject, given: Given, again: _Again) -> bool:
+    """Tell whether forward detaches for some features of its predictions, and not for others.
+
+    A head on detached features is so on purpose: what cuts the state short cuts it for all.
+    """
+    assert again.loss is not None
+    _load_values(subject.module, given)
+    predictions = _run(subject, given, float(again.loss.detach())).predictions
+    trainable = _trainable(subject)
+    count = predictions[0].shape[-1] if predictions[0].dim() > 1 else 1
+    if count < 2 or any(p.dim() < 2 or p.shape[-1] != count for p in predictions):
+        return False
+    weights = [torch.randn(p.shape[:-1], generator=_fixed()).to(p) for p in predictions]
+
+    def sums(predictions: Sequence[Tensor]) -> Tensor:
+        pairs = zip(predictions, weights, strict=True)
+        return torch.stack([(p * w.unsqueeze(-1)).flatten(0, -2).sum(0) for p, w in pairs]).sum(0)
+
+    told = [
+        _along(trainable, _pulled_back([one], [torch.ones_like(one)], trainable))
+        for one in sums(predictions).unbind()
+    ]
+    left, right = _moved_along(subject, given, (-NUDGE, NUDGE), sums)
+    by_values = ((right - left) / (2 * NUDGE)).tolist()
+    right_ones = [near_slope(*pair) for pair in zip(by_values, told, strict=True)]
+    return any(right_ones) and not all(right_ones)
+
+
+def _fixed() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
 def _rounding(given: Given, again: _Again) -> float:
     """Return about what rounding of the loss and of nudged parameters does to a slope by values."""
     assert again.loss is not None
@@ -597,7 +678,7 @@ def _directed(
 
     The part is the product of the two, which is never made: a parameter may be large.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = _fixed()
     for name, parameter in trainable.items():
         count = len(parameter) if parameter.dim() > 1 else 1
         sizes = count, parameter.numel() // count if count else 0
@@ -638,8 +719,8 @@ def _moved_along(
     subject: Subject,
     given: Given,
     nudges: Sequence[float],
-    measure: Callable[[Sequence[Tensor]], float],
-) -> list[float]:
+    measure: Callable[[Sequence[Tensor]], _Measured],
+) -> list[_Measured]:
     """Measure the predictions with all parameters moved so far along the direction."""
     measured = []
     trainable = _trainable(subject)

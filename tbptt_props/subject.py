@@ -164,11 +164,11 @@ def held_to_be_one(loss: Callable[[Tensor, Any], Tensor]) -> Callable[[Tensor, A
     """Return `loss`, raising an ObservationError where it is none that a chunk can be judged by."""
 
     @functools.wraps(loss, updated=())
-    def held(prediction: Tensor, target: Any) -> Tensor:
+    def held(prediction: Any, target: Any) -> Tensor:
         try:
             value: object = loss(prediction, target)
         except Exception as error:
-            shapes = f"{tuple(prediction.shape)} and {_shaped(target)}"
+            shapes = f"{_shaped(prediction)} and a target of shape {_shaped(target)}"
             raise ObservationError(
                 f"{LOSS_IS_DUE}, but for a prediction of shape {shapes} it raised "
                 f"{type(error).__name__}: {error}"
@@ -178,20 +178,20 @@ def held_to_be_one(loss: Callable[[Tensor, Any], Tensor]) -> Callable[[Tensor, A
     return held
 
 
-def _shaped(target: Any) -> str:
-    shapes = " and ".join(str(tuple(leaf.shape)) for leaf in leaves(target).values())
-    return f"a target of shape {shapes}"
+def _shaped(tree: Any) -> str:
+    return " and ".join(str(tuple(leaf.shape)) for leaf in leaves(tree).values())
 
 
 LOSS_IS_DUE = "loss must take (prediction, target) and return a scalar tensor"
 
 
-def _held(value: object, prediction: Tensor) -> Tensor:
+def _held(value: object, prediction: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise ObservationError(f"{LOSS_IS_DUE}, got {shortened(value)}")
     if value.numel() != 1:
         raise ObservationError(f"{LOSS_IS_DUE}, got a tensor of shape {tuple(value.shape)}")
-    if torch.is_grad_enabled() and prediction.requires_grad and not value.requires_grad:
+    graph = any(leaf.requires_grad for leaf in leaves(prediction).values())
+    if torch.is_grad_enabled() and graph and not value.requires_grad:
         raise ObservationError(f"{LOSS_IS_DUE}, got one without the prediction's graph")
     return value
 

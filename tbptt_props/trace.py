@@ -87,7 +87,8 @@ class Call:
     x: Any  # inputs, (B, K, I) or any other layout with the features last
     state: Any  # as it was handed in; None where there was none
     others: tuple[tuple[Any, ...], Mapping[str, Any]]  # arguments behind the state
-    prediction: Tensor | None = None
+    prediction: Tensor | None = None  # those of several heads, if so, as one tensor
+    nest: Any = None  # how these were nested
     state_after: Any = None
     attached: bool = False  # the incoming state carries a graph
     handed: bool = True  # a state was handed over at all, be it None

@@ -14,7 +14,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers.logger import DummyLogger
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from tbptt_props.batch import Batch
 from tbptt_props.forward import Forward
@@ -185,13 +186,15 @@ class _Teller(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
 
+        configured = [config.scheduler for config in trainer.lr_scheduler_configs]
+
         def set_updates(count: int) -> None:
             progress.total.completed = progress.total.ready = count
 
         self.watch.training_begun(
             Training(
                 optimizers=trainer.optimizers,
-                schedulers=[config.scheduler for config in trainer.lr_scheduler_configs],
+                schedulers=[*configured, *_schedulers_kept(pl_module, configured)],
                 updates=lambda: trainer.global_step,
                 set_updates=set_updates,
             )
@@ -201,6 +204,12 @@ class _Teller(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
         self.watch.backward_announced(loss)
+
+
+def _schedulers_kept(module: nn.Module, besides: Sequence[Any]) -> list[Any]:
+    """Return the schedulers that a module keeps by itself, which Lightning does not know of."""
+    kept = [v for v in vars(module).values() if isinstance(v, LRScheduler)]
+    return [one for one in kept if not any(one is other for other in besides)]
 
 
 # Any function -------------------------------------------------------------------------------

@@ -42,7 +42,8 @@ from tbptt_props.graph import (
     sequence_number,
     variables_past,
 )
-from tbptt_props.lines import Line, users_line
+from tbptt_props.layout import joined, of_parts
+from tbptt_props.lines import Line, calls_itself, users_line
 from tbptt_props.places import lanes_of, locate, span_of, time_first
 from tbptt_props.process import Hung, Watchdog, randomness
 from tbptt_props.state import leaves, value_of
@@ -201,6 +202,7 @@ class Watch:
         self.graphs: list[tuple[str, list[weakref.ref[_Canary]]]] = []
         self.outlived: list[str] = []
         self.watched = 0
+        self.trained: set[tuple[int, frozenset[str]]] = set()  # parameters, by batch and chunk
         self.batch = -1
         self.fresh_batch = False
         self.changed: list[tuple[int, Difference]] = []
@@ -399,17 +401,22 @@ class Watch:
         returned = original(*args, **kwargs)
         live.closed = sequence_number()
         live.drew = not torch.equal(torch.get_rng_state(), live.snapshot.randomness[0])
-        prediction, after = self._came_out(returned, arguments, before)
+        predicted, after = self._came_out(returned, arguments, before)
         with self._own_code():
             self.last_state = value_of(after)
+            pair = joined(predicted)
+            assert pair is not None  # or it would not have come out
             live.call = replace(
-                live.call, prediction=prediction.detach(), state_after=self.last_state
+                live.call,
+                prediction=pair[0].detach(),
+                nest=pair[1],
+                state_after=self.last_state,
             )
             live.hands_on_a_graph = any(leaf.grad_fn for leaf in leaves(after).values())
-            if prediction.grad_fn is not None:
+            if pair[0].grad_fn is not None:
                 # What `outputs` made of it may not be behind what the loop keeps.
                 raw = leaves(returned).values() if self.subject.outputs else ()
-                self._look_after(live, prediction, (*leaves(after).values(), *raw))
+                self._look_after(live, predicted, (*leaves(after).values(), *raw))
                 self.open.append(live)
         return returned
 
@@ -493,7 +500,7 @@ class Watch:
 
     def _came_out(
         self, returned: Any, arguments: Arguments, before: Mapping[str, Any]
-    ) -> tuple[Tensor, Any]:
+    ) -> tuple[Any, Any]:
         found = self._made_a_pair(returned)
         if found is not None and (
             arguments.has_state or self.calls_ever > 1 or self.forward.parameters[1:]
@@ -501,19 +508,21 @@ class Watch:
             return found
         with self._own_code():
             guessed = self.forward.guess(before, arguments, returned)
+            several = not guessed and self.forward.returns_several_predictions(arguments, returned)
         if found is not None and not guessed:
             return found
+        instead: dict[str, Any] = {"state": guessed} if guessed else {}
         self.problem = WiringError(
             f"{type(self.module).__name__}.{self.subject.forward} must return a pair (prediction, "
             f"state) whose prediction is a tensor, got {_kind(returned)}; name another call with "
             "Subject(..., forward='...') if this is not the one that runs a chunk, or say where "
             "the state is with Subject(..., state='...'), or how to make a pair of what it returns "
             "with Subject(..., outputs=...)",
-            {"state": guessed} if guessed else {},
+            {"outputs": _as_it_is} if several else instead,
         )
         raise self.problem
 
-    def _made_a_pair(self, returned: Any) -> tuple[Tensor, Any] | None:
+    def _made_a_pair(self, returned: Any) -> tuple[Any, Any] | None:
         """Return (prediction, state); what `outputs` raises is no fault of the loop's."""
         if self.subject.outputs is None:
             return self.forward.came_out(returned)
@@ -523,8 +532,8 @@ class Watch:
             raise self._fail(f"outputs raised {_told(error)} on {_kind(returned)}") from error
         if found is None:
             raise self._fail(
-                "outputs must return a pair (prediction, state) whose prediction is one tensor: "
-                "join several along their features, with torch.cat"
+                "outputs must return a pair (prediction, state) whose prediction is a tensor, or "
+                "several of the same sequences and time steps"
             )
         return found
 
@@ -576,10 +585,9 @@ class Watch:
             chunk = self._chunk_of(numbers)
             if chunk is not None:
                 chunk.besides |= self._besides(roots)
-                if chunk.complete:  # a second loss: what was cleared since the first is clear
-                    chunk.dirty = tuple(n for n in chunk.dirty if self._has_gradient(n))
+            self._note_what_was_cleared()
         if chunk is None:
-            return run()
+            return self._past_forward(run, numbers)
         self._refuse_odd_losses(roots)
         if self.lightning_updates is not None:
             chunk.through_lightning = through and chunk.through_lightning is not False
@@ -598,6 +606,31 @@ class Watch:
             _note_line(chunk, "backward", users_line())
             chunk.events.insert(before, "backward")  # updates may have been made by its hooks
             self._note_update_by_hand()  # a hook may have made it in the midst of backward
+        return result
+
+    def _note_what_was_cleared(self) -> None:
+        """Take what was cleared since a chunk's first backward for clear: a second loss follows."""
+        chunk = self.current
+        if chunk is not None and chunk.complete:
+            chunk.dirty = tuple(n for n in chunk.dirty if self._has_gradient(n))
+
+    def _past_forward(self, run: Callable[[], Any], numbers: list[int]) -> Any:
+        """Run a backward that comes to no prediction: a discriminator's, on what is detached.
+
+        The gradients that it leaves are not of the chunk's loss, and no mistake.
+        """
+        chunk = self.current
+        anew = not any_within(numbers, 0, self.horizon)  # nothing of a chunk gone by is behind it
+        if chunk is None or not chunk.complete or not anew or self.subject.contract.adds_up:
+            return run()
+        with self._own_code():
+            before = self._gradients(handed=None)
+        result = run()
+        with self._own_code():
+            after = self._gradients(handed=before)
+            left = {n: g for n, g in after.items() if g is not before.get(n)}
+            chunk.gradients = {**chunk.gradients, **left}
+            chunk.besides |= frozenset(left)
         return result
 
     def _besides(self, roots: list[Tensor]) -> frozenset[str]:
@@ -691,23 +724,29 @@ class Watch:
         finally:
             self.gathered = None
 
-    def _look_after(self, live: _LiveCall, prediction: Tensor, after: Iterable[Tensor]) -> None:
+    def _look_after(self, live: _LiveCall, predicted: Any, after: Iterable[Tensor]) -> None:
         """Hang canaries into the graph of a call, and be told of the gradient by its prediction."""
-        for tensor in (prediction, *after):
+        predictions = list(leaves(predicted).values())
+        for tensor in (*predictions, *after):
             if tensor.grad_fn is not None:
                 canary = _Canary()
                 mark(tensor, "tbptt", canary)
                 live.canaries.append(weakref.ref(canary))
-        mark(prediction, _PREDICTION)
+        for index, prediction in enumerate(predictions):
+            if prediction.grad_fn is not None:
+                mark(prediction, _PREDICTION)
+                take = functools.partial(self._take_cotangent, live, index)
+                prediction.register_hook(take)  # type: ignore[no-untyped-call]
 
-        def take(cotangent: Tensor) -> None:
-            gathered = self.gathered
-            if gathered is not None and not self.busy:
-                before = gathered.get(live)
-                taken = torch.clone(cotangent.detach())
-                gathered[live] = taken if before is None else before + taken
-
-        prediction.register_hook(take)  # type: ignore[no-untyped-call]
+    def _take_cotangent(self, live: _LiveCall, index: int, cotangent: Tensor) -> None:
+        gathered, nest = self.gathered, live.call.nest
+        if gathered is None or self.busy:
+            return
+        before, taken = gathered.get(live), torch.clone(cotangent.detach())
+        if nest is not None:
+            assert live.call.prediction is not None
+            taken = nest.slopes(index, taken, live.call.prediction.shape[:-1])
+        gathered[live] = taken if before is None else before + taken
 
     def _take_tentative(self) -> None:
         """Begin a chunk from gradients that were asked for and not accumulated by backward."""
@@ -1045,6 +1084,7 @@ class Watch:
                 self.first = chunk
             self.closed.append(chunk.slim())
             self.watched += 1
+            self.trained.add((live.batch, live.calls[0].snapshot.trainable))
             del live, last
             self._note_graphs(allowed=1)
             self.busy = True
@@ -1060,6 +1100,8 @@ class Watch:
             gc.collect(1)  # only a cycle may be holding it, which is nobody's mistake
         if _alive(due) and not self.outlived:
             gc.collect()
+        if _alive(due) and calls_itself():
+            return  # its locals are there until it returns: looked at again at the batch's end
         if _alive(due):
             self.outlived.extend(label for label, _ in _alive(due))
         self.graphs = self.graphs[len(due) :]
@@ -1105,7 +1147,11 @@ class Watch:
                 scaled=tuple(
                     scaling(live.left or live.gradients, rule.handed) for rule in live.rules
                 ),
-                optimizers=tuple(frozenset(self._owned(o)) for o in self._optimizers()),
+                optimizers=tuple(
+                    owned
+                    for owned in (frozenset(self._owned(o)) for o in self._optimizers())
+                    if owned & first.snapshot.trainable
+                ),
                 randomness=first.snapshot.randomness[0],
                 drew=any(call.drew for call in live.calls),
                 complete=live.complete,
@@ -1165,7 +1211,8 @@ class Watch:
             prediction = prediction.narrow(time, context, prediction.shape[time] - context)
             if cotangent is not None:
                 cotangent = cotangent.narrow(time, context, prediction.shape[time])
-        return targets_of(self.subject.loss, prediction, cotangent, live.loss, batch, places)
+        loss = of_parts(self.subject.loss, call.call.nest)
+        return targets_of(loss, prediction, cotangent, live.loss, batch, places)
 
     def _note_changes(self, index: int) -> None:
         live, self.live_batch, self.in_batch = self.live_batch, None, False
@@ -1317,6 +1364,10 @@ def _as_places(places: Tensor | None) -> tuple[Place, ...]:
     if places is None:
         return ()
     return tuple((int(b), int(t)) for b, t in places.reshape(-1, 2).tolist())
+
+
+def _as_it_is(returned: Any) -> Any:
+    return returned
 
 
 def _told(error: Exception) -> str:
