@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tbptt_props.colour import ansi, coloured, is_wanted
+
 HOLDS, BROKEN, MISUSED = 0, 1, 2
 
 
@@ -99,7 +101,7 @@ def _check(options: argparse.Namespace) -> int:
         raise _misused(options.subject, error) from error
     progress.clear()
     command = f"tbptt-props replay {shlex.quote(options.subject)}"
-    print(as_text(report, replay=lambda broken: f"{command} {shlex.quote(repr(broken.case))}"))
+    _say(as_text(report, replay=lambda broken: f"{command} {shlex.quote(repr(broken.case))}"))
     if not report.holds and not report.broken:
         raise Misused(f"{options.subject}: nothing could be judged")
     return BROKEN if report.broken else HOLDS
@@ -121,8 +123,12 @@ def _replay(options: argparse.Namespace) -> int:
         raise Misused(f"{options.subject}: nothing could be judged on {case}")
     print(f"{'still broken' if report.broken else 'fixed'} on {case}: {summary(report)}")
     for verdict in report.broken:
-        print(f"\n{failure_text(report, verdict)}")
+        _say(f"\n{failure_text(report, verdict)}")
     return BROKEN if report.broken else HOLDS
+
+
+def _say(text: str) -> None:
+    print(coloured(text, ansi) if is_wanted(sys.stdout) else text)
 
 
 def _misused(subject: str, error: Exception) -> Misused:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -28,9 +28,10 @@ from tbptt_props.properties import (
     chunks_tile_the_sequence,
     line_of,
 )
-from tbptt_props.rederivation import rederive
+from tbptt_props.rederivation import rederive, steps_reached
 from tbptt_props.report import Report, Verdict
 from tbptt_props.sensitivity import Change, Proof, proofs
+from tbptt_props.story import Storyteller
 from tbptt_props.strategies import cases
 from tbptt_props.subject import ObservationError, Subject, require, shortened
 from tbptt_props.trace import Cause, Chunk, Finding, Link, NotJudged, Span, Violation, counted
@@ -91,6 +92,7 @@ def _judge(
         twin = made_ready(fresh)
         before: list[Chunk] = []
         looking = Looking()
+        story = Storyteller()
         numbers = count()
         plans = [twin.contract.plan(case, b.inputs.shape[1]) for b in batches_of(twin, case)]
 
@@ -104,9 +106,11 @@ def _judge(
                 twin.contract,
             )
             unclear = _not_finite(link)
-            for p in of_links:
-                findings = judged[p.__name__]
-                findings.set_aside(unclear) if unclear else findings.add(_placed(p, link))
+            found = {p.__name__: [] if unclear else list(_placed(p, link)) for p in of_links}
+            for name, on_link in found.items():
+                findings = judged[name]
+                findings.set_aside(unclear) if unclear else findings.add(on_link)
+            story.tell(link, {} if unclear else found, lambda: steps_reached(twin, chunk))
             looking.at(link, alone=len(plans) == len(plans[0]) == 1)
             before[:] = [chunk.light()]
 
@@ -116,7 +120,9 @@ def _judge(
     broken = [name for name, findings in judged.items() if findings.violations]
     causes = causes_of(looking.evidence(trace, broken, _longest(twin.contract, case, plans)))
     verdicts = tuple(judged[p.__name__].verdict(p, case, causes) for p in properties)
-    return Report(name, verdicts, trace=trace)
+    scenes = tuple(story.scenes) if broken else ()
+    told = tuple(replace(v, story=scenes) if v.violations else v for v in verdicts)
+    return Report(name, told, trace=trace)
 
 
 def _placed(judged: LinkProperty, link: Link) -> Iterator[Finding]:
@@ -163,7 +169,7 @@ class _Findings:
         self.missing: list[str] = []
         self.clean = 0
 
-    def add(self, findings: Iterator[Finding]) -> None:
+    def add(self, findings: Iterable[Finding]) -> None:
         found = list(findings)
         self.violations += [finding for finding in found if isinstance(finding, Violation)]
         self.missing += [finding.missing for finding in found if isinstance(finding, NotJudged)]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tbptt_props.case import Case
+from tbptt_props.story import Scene, reach_map
 from tbptt_props.subject import ObservationError
 from tbptt_props.trace import Cause, Trace, Violation, counted
 
@@ -15,6 +16,14 @@ MOST_VIOLATIONS = 4  # the first says it; the rest are the same in other words
 WIDTH = 100
 MOST_CAUSES = 3
 MOST_LINES = 8  # of one violation: an error of somebody else's may be as long as it likes
+
+# What a map of where gradients went says more about than words.
+OF_REACH = {
+    "training_reaches_the_end",
+    "graph_crosses_no_boundary",
+    "gradients_are_the_chunks_own",
+    "gradients_span_the_whole_chunk",
+}
 
 
 class BrokenProperty(AssertionError):
@@ -33,6 +42,7 @@ class Verdict:
     judged: int = 0  # cases on which it was
     proved_by: tuple[str, ...] | None = None  # mistakes put in on purpose that broke it, if tried
     causes: tuple[Cause, ...] = ()  # the mistakes that would break it so; several where all fit
+    story: tuple[Scene, ...] = field(default=(), repr=False)  # of the case, if it is broken
 
     @property
     def status(self) -> str:
@@ -177,6 +187,9 @@ def _failure_lines(report: Report, verdict: Verdict) -> Iterator[str]:
     if more > 0:
         yield f"  and {more} more of the kind"
     yield ""
+    if verdict.name in OF_REACH:
+        reach = reach_map(verdict.story)
+        yield from [*reach, ""] if reach else []
     at = next((violation.line for violation in verdict.violations if violation.line), "")
     if at:
         yield _one_line(f"  at                {at}")

@@ -128,6 +128,7 @@ class Leak:
 
     through: str  # the leaf of the state, or how else
     into: str  # the older time steps
+    chunks: tuple[str, ...] = field(default=(), compare=False)  # those of them that are known
 
 
 @dataclass(frozen=True)
