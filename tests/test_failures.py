@@ -154,3 +154,16 @@ def test_the_readme_shows_the_map_that_a_failure_has() -> None:
     shown = readme.partition("<!-- reach -->\n```\n")[2].partition("```")[0]
 
     assert shown in failure("RetainsItsPast", ALONE, "graph_crosses_no_boundary")
+
+
+def test_an_update_that_comes_too_early_is_told_as_that_alone() -> None:
+    told = failure("UpdatesBeforeBackward", ALONE, "events_come_in_a_legal_order")
+
+    assert "events: forward → update → backward" in told
+    assert "cleared" not in told
+
+
+def test_a_boundary_that_the_loop_does_not_have_is_told_as_missing() -> None:
+    told = failure("NeverCuts", ALONE, "a_run_can_be_resumed_at_any_boundary")
+
+    assert "from time step 2 on: no chunk starts there, but should be one to go on with" in told
