@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import shlex
 import sys
 import time
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="break the loop on purpose, in memory, and tell which properties could have failed",
     )
+    check.add_argument("--json", metavar="FILE", type=Path, help="write all that was found there")
     for size in _sizes():
         check.add_argument(f"--{size}", type=int, metavar="N", help=f"fix {size} of every case")
     replay = commands.add_parser(
@@ -80,6 +82,7 @@ def _sizes() -> list[str]:
 
 
 def _check(options: argparse.Namespace) -> int:
+    _require_folder("--json", options.json)
     build = _load(options.subject)
     from tbptt_props.judge import verify
     from tbptt_props.report import as_text
@@ -102,7 +105,9 @@ def _check(options: argparse.Namespace) -> int:
     progress.clear()
     command = f"tbptt-props replay {shlex.quote(options.subject)}"
     _say(as_text(report, replay=lambda broken: f"{command} {shlex.quote(repr(broken.case))}"))
-    if not report.holds and not report.broken:
+    if options.json is not None:
+        _write(options.json, f"{json.dumps(report.as_dict(), indent=2, ensure_ascii=False)}\n")
+    if report.status == "not judged":
         raise Misused(f"{options.subject}: nothing could be judged")
     return BROKEN if report.broken else HOLDS
 
@@ -119,12 +124,25 @@ def _replay(options: argparse.Namespace) -> int:
         report = replay(build, case)
     except (ObservationError, ValueError, TypeError) as error:
         raise _misused(options.subject, error) from error
-    if not report.holds and not report.broken:
+    if report.status == "not judged":
         raise Misused(f"{options.subject}: nothing could be judged on {case}")
     print(f"{'still broken' if report.broken else 'fixed'} on {case}: {summary(report)}")
     for verdict in report.broken:
         _say(f"\n{failure_text(report, verdict)}")
     return BROKEN if report.broken else HOLDS
+
+
+def _require_folder(option: str, file: Path | None) -> None:
+    """Refuse a file that can't be written before the search, not after it."""
+    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise Misused(f"{option} must be a file in a folder that is there, got {file}")
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise Misused(f"{file} can't be written ({error})") from error
 
 
 def _say(text: str) -> None:

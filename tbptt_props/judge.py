@@ -122,7 +122,7 @@ def _judge(
     verdicts = tuple(judged[p.__name__].verdict(p, case, causes) for p in properties)
     scenes = tuple(story.scenes) if broken else ()
     told = tuple(replace(v, story=scenes) if v.violations else v for v in verdicts)
-    return Report(name, told, trace=trace)
+    return Report(name, told, trace=trace, cases=(case,))
 
 
 def _placed(judged: LinkProperty, link: Link) -> Iterator[Finding]:
@@ -364,7 +364,9 @@ class Bench:
     def summed(self) -> Report:
         """Sum up all cases judged so far: broken on one is broken."""
         verdicts = [self._summed(p.__name__) for p in self.properties]
-        return Report(self.name, tuple(verdicts), examples=len(self.reports))
+        return Report(
+            self.name, tuple(verdicts), examples=len(self.reports), cases=tuple(self.reports)
+        )
 
     def _summed(self, name: str) -> Verdict:
         found = [report[name] for _, report in sorted(self.reports.items())]

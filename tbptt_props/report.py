@@ -6,9 +6,12 @@ import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from tbptt_props import record
 from tbptt_props.case import Case
 from tbptt_props.story import Scene, reach_map
+from tbptt_props.strategies import coverage
 from tbptt_props.subject import ObservationError
 from tbptt_props.trace import Cause, Trace, Violation, counted
 
@@ -51,6 +54,21 @@ class Verdict:
             return "broken"
         return "holds" if self.judged else "not judged"
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain data; docs/json.md says what is in it."""
+        return {
+            "name": self.name,
+            "claim": self.claim,
+            "status": self.status,
+            "cases": self.judged,
+            "needs": self.missing if self.status == "not judged" else "",
+            "smallest_case": record.of_case(self.case),
+            "violations": [record.of_violation(violation) for violation in self.violations],
+            "causes": [record.of_cause(cause) for cause in self.causes],
+            "broken_on_purpose_by": None if self.proved_by is None else list(self.proved_by),
+            "chunks": [record.of_scene(scene) for scene in self.story],
+        }
+
 
 @dataclass(frozen=True)
 class Report:
@@ -60,6 +78,7 @@ class Report:
     verdicts: tuple[Verdict, ...]
     examples: int = 1
     trace: Trace | None = field(default=None, repr=False)
+    cases: tuple[Case, ...] = field(default=(), repr=False)  # on which it was judged
 
     @property
     def holds(self) -> tuple[Verdict, ...]:
@@ -100,6 +119,26 @@ class Report:
     def as_text(self) -> str:
         """Say it to a person: one line per property, then each failure."""
         return as_text(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain data, which `json` can write; docs/json.md says what is in it."""
+        return {
+            "schema": record.SCHEMA,
+            "subject": self.subject,
+            "status": self.status,
+            "versions": record.versions(),
+            "cases": {
+                "tried": self.examples,
+                "sizes": record.of_cases(self.cases),
+                "kinds": coverage(self.cases),
+            },
+            "properties": [verdict.as_dict() for verdict in self.verdicts],
+        }
+
+    @property
+    def status(self) -> str:
+        """One of `broken`, `holds` and `not judged`."""
+        return "broken" if self.broken else "holds" if self.holds else "not judged"
 
     def raise_if_broken(self) -> None:
         """Raise for the first broken property, if there is one.

@@ -34,7 +34,8 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
         "byhand": {"trace"},
         "colour": set(),
         "story": {"trace"},
-        "report": {"case", "story", "subject", "trace"},
+        "record": {"case", "story", "trace"},
+        "report": {"case", "record", "story", "strategies", "subject", "trace"},
         "strategies": {"case", "state"},
         "properties": {"byhand", "compare", "lines", "state", "trace"},
         "evidence": {"compare", "state", "trace"},
@@ -167,7 +168,8 @@ ONLY: dict[str, set[str]] = {
     },
     "numpy": {"tbptt_props.process", "tbptt_ref.closed_form"},
     # What is imported by a name made up at run time is seen by no test that reads files.
-    "importlib": {"tbptt_props.__init__", "tbptt_props.__main__"},
+    # "record" asks for the versions of what is installed.
+    "importlib": {"tbptt_props.__init__", "tbptt_props.__main__", "tbptt_props.record"},
 }
 NO_TORCH = {
     "tbptt_props.__init__",
@@ -179,6 +181,7 @@ NO_TORCH = {
     "tbptt_props.lines",
     "tbptt_props.options",
     "tbptt_props.plugin",
+    "tbptt_props.record",
     "tbptt_props.report",
     "tbptt_props.story",
     "tbptt_props.suite",
