@@ -6,6 +6,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -205,6 +206,7 @@ def verify(
     properties: Sequence[Property] = PROPERTIES,
     on_case: Callable[[int, Report], object] | None = None,
     sensitivity: bool = False,
+    first: Sequence[Case] = (),
     **fixed: int,
 ) -> Report:
     """Search for cases that break a property of what `build(case)` returns, and shrink them.
@@ -217,6 +219,8 @@ def verify(
         on_case: told of each case's number and report while the search goes on.
         sensitivity: whether to break the loop on purpose, in memory, to see which of the properties
             that hold can fail here at all: `Verdict.proved_by`, `Report.vacuous`.
+        first: cases to try before the search, but for those that `build` assumes away or that have
+            another size than is fixed.
         fixed: sizes of a case that the subject can't vary, by name.
 
     Raises:
@@ -231,6 +235,7 @@ def verify(
         raise ValueError(f"max_examples must be at least 1, got max_examples={max_examples}")
     bench = Bench(build, properties)
     number = random.SystemRandom().getrandbits(64) if seed is None else seed
+    bench.try_first([case for case in first if _has(case, fixed)])
     examples = bench.search(cases(**fixed), number, max_examples, on_case)
     bench.require_cases_chunk()
     report = bench.summed()
@@ -241,6 +246,10 @@ def verify(
     if sensitivity:
         verdicts = bench.proved(verdicts)
     return replace(report, verdicts=verdicts, examples=examples)
+
+
+def _has(case: Case, fixed: Mapping[str, int]) -> bool:
+    return all(getattr(case, size) == value for size, value in fixed.items())
 
 
 def replay(build: Build, case: Case) -> Report:
@@ -307,6 +316,12 @@ class Bench:
                 )
         self.last = subject
         return subject
+
+    def try_first(self, first: Sequence[Case]) -> None:
+        """Judge cases that broke something before, but for those that are assumed away now."""
+        for case in first:
+            with suppress(UnsatisfiedAssumption):
+                self.judge(case)
 
     def search(
         self,

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from tbptt_props.colour import coloured
+from tbptt_props.kept import all_kept
 from tbptt_props.ledger import NOTED, PREFIX, Ledger
-from tbptt_props.options import ASKED, NAMES, PROFILES, asked
+from tbptt_props.options import ASKED, KEPT, NAMES, PROFILES, asked
 
 WIDTH = 100
 HANDED_OVER = "tbptt_props"  # the key, in what a worker of xdist hands over when it is done
@@ -58,6 +59,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help=f"how many cases to try where a test doesn't say it: {', '.join(PROFILES)}",
     )
     group.addoption(
+        "--tbptt-report",
+        metavar="DIR",
+        help="keep the smallest cases that break a property there, and try those kept there first",
+    )
+    group.addoption(
         "--tbptt-list", action="store_true", help="list the properties and their claims, and end"
     )
 
@@ -81,6 +87,11 @@ def pytest_configure(config: pytest.Config) -> None:
     command = {name: config.getoption(f"tbptt_{name}", None) for name in NAMES}
     config.stash[ASKED] = asked(command, config.rootpath)
     config.stash[NOTED] = Ledger()
+    folder = config.stash[ASKED].report
+    try:
+        config.stash[KEPT] = [] if folder is None else all_kept(folder)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
 
 
 @pytest.hookimpl(wrapper=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from tbptt_props import record
 from tbptt_props.case import Case
+from tbptt_props.kept import Kept
 from tbptt_props.story import Scene, reach_map
 from tbptt_props.strategies import coverage
 from tbptt_props.subject import ObservationError
@@ -139,6 +140,27 @@ class Report:
     def status(self) -> str:
         """One of `broken`, `holds` and `not judged`."""
         return "broken" if self.broken else "holds" if self.holds else "not judged"
+
+    def kept(self, build: str = "") -> list[Kept]:
+        """Return the smallest case of each broken property, as it is kept in a file.
+
+        Args:
+            build: where what was judged is made; by default the subject's name.
+        """
+        versions = record.versions()
+        return [
+            Kept(
+                verdict.name,
+                self.subject,
+                verdict.case,
+                build=build or self.subject,
+                found=str(verdict.violations[0]),
+                cause="".join(cause.sentence for cause in verdict.causes[:1]),
+                versions=versions,
+            )
+            for verdict in self.broken
+            if verdict.case is not None
+        ]
 
     def raise_if_broken(self) -> None:
         """Raise for the first broken property, if there is one.
