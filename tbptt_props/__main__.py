@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
+import json
 import shlex
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+from tbptt_props.case import SIZES, Case
+from tbptt_props.colour import ansi, coloured, is_wanted
+from tbptt_props.kept import all_kept, cases_of, keep, kept_in
 
 HOLDS, BROKEN, MISUSED = 0, 1, 2
 
@@ -23,8 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return 0 if the properties hold, 1 if one is broken, 2 if misused."""
     options = _parser().parse_args(arguments)
     try:
-        commands = {"check": _check, "replay": _replay, "init": _init, "faults": _faults}
-        return commands[options.command](options)
+        return COMMANDS[options.command](options)
     except Misused as error:
         print(f"tbptt-props: {error}", file=sys.stderr)
         return MISUSED
@@ -50,6 +57,13 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="break the loop on purpose, in memory, and tell which properties could have failed",
     )
+    check.add_argument("--json", metavar="FILE", type=Path, help="write all that was found there")
+    check.add_argument(
+        "--keep",
+        metavar="DIR",
+        type=Path,
+        help="try the cases kept there first, and keep there the smallest that break a property",
+    )
     for size in _sizes():
         check.add_argument(f"--{size}", type=int, metavar="N", help=f"fix {size} of every case")
     replay = commands.add_parser(
@@ -71,6 +85,13 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="by default tests/test_CLASS_tbptt.py"
     )
+    show = commands.add_parser(
+        "show",
+        help="print a kept case as a script",
+        description="Print a case that was kept as a script of plain torch and Lightning, which "
+        "fails as long as the loop is broken: to be pasted into an issue.",
+    )
+    show.add_argument("file", metavar="FILE", type=Path, help="a file made by --keep")
     faults = commands.add_parser(
         "faults",
         help="measure the properties on loops that are broken on purpose",
@@ -85,12 +106,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sizes() -> list[str]:
-    from tbptt_props.case import SIZES
-
     return [size for size in SIZES if size != "seed"]
 
 
 def _check(options: argparse.Namespace) -> int:
+    _require_folder("--json", options.json)
     build = _load(options.subject)
     from tbptt_props.judge import verify
     from tbptt_props.report import as_text
@@ -105,6 +125,7 @@ def _check(options: argparse.Namespace) -> int:
             seed=options.seed,
             on_case=progress.show,
             sensitivity=options.sensitivity,
+            first=_kept_for(options.subject, options.keep),
             **fixed,
         )
     except (ObservationError, ValueError, TypeError) as error:
@@ -112,8 +133,13 @@ def _check(options: argparse.Namespace) -> int:
         raise _misused(options.subject, error) from error
     progress.clear()
     command = f"tbptt-props replay {shlex.quote(options.subject)}"
-    print(as_text(report, replay=lambda broken: f"{command} {shlex.quote(repr(broken.case))}"))
-    if not report.holds and not report.broken:
+    _say(as_text(report, replay=lambda broken: f"{command} {shlex.quote(repr(broken.case))}"))
+    report = replace(report, subject=options.subject)
+    if options.keep is not None:
+        keep(options.keep, report.kept())
+    if options.json is not None:
+        _write(options.json, f"{json.dumps(report.as_dict(), indent=2, ensure_ascii=False)}\n")
+    if report.status == "not judged":
         raise Misused(f"{options.subject}: nothing could be judged")
     return BROKEN if report.broken else HOLDS
 
@@ -130,11 +156,11 @@ def _replay(options: argparse.Namespace) -> int:
         report = replay(build, case)
     except (ObservationError, ValueError, TypeError) as error:
         raise _misused(options.subject, error) from error
-    if not report.holds and not report.broken:
+    if report.status == "not judged":
         raise Misused(f"{options.subject}: nothing could be judged on {case}")
     print(f"{'still broken' if report.broken else 'fixed'} on {case}: {summary(report)}")
     for verdict in report.broken:
-        print(f"\n{failure_text(report, verdict)}")
+        _say(f"\n{failure_text(report, verdict)}")
     return BROKEN if report.broken else HOLDS
 
 
@@ -162,6 +188,43 @@ def _init(options: argparse.Namespace) -> int:
 def _beside_tests(name: str) -> Path:
     tests = Path("tests")
     return tests / name if tests.is_dir() else Path(name)
+
+
+def _kept_for(subject: str, folder: Path | None) -> list[Case]:
+    return [] if folder is None else cases_of(all_kept(folder), subject)
+
+
+def _require_folder(option: str, file: Path | None) -> None:
+    """Refuse a file that can't be written before the search, not after it."""
+    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise Misused(f"{option} must be a file in a folder that is there, got {file}")
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise Misused(f"{file} can't be written ({error})") from error
+
+
+def _say(text: str) -> None:
+    print(coloured(text, ansi) if is_wanted(sys.stdout) else text)
+
+
+def _show(options: argparse.Namespace) -> int:
+    from tbptt_props.script import script_of
+    from tbptt_props.subject import Subject
+
+    try:
+        kept = kept_in(options.file)
+        build = _load(kept.build or kept.subject)
+        subject = build(case=kept.case)
+        if not isinstance(subject, Subject):
+            raise Misused(f"{kept.build} must return a Subject, got {type(subject).__name__}")
+        print(script_of(kept, subject), end="")
+    except ValueError as error:
+        raise Misused(str(error)) from error
+    return HOLDS
 
 
 def _misused(subject: str, error: Exception) -> Misused:
@@ -201,15 +264,29 @@ def _load(path: str) -> Callable[..., Any]:
     if here not in sys.path:  # a command's sys.path lacks what `python -m` has
         sys.path.insert(0, here)
     try:
-        module = importlib.import_module(module_name)
+        module = _imported(module_name)
     except Exception as error:  # whatever a stranger's module raises, its loop is not to blame
         kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
         raise Misused(f"{module_name} can't be imported ({kind}{error})") from error
     build = getattr(module, name, None)
+    build = getattr(build, "tbptt_build", build)  # what a conformance test decorates
     if not callable(build):
         functions = sorted(n for n, f in vars(module).items() if callable(f) and n[0] != "_")
         raise Misused(f"{module_name} has no function {name!r}; it has {', '.join(functions)}")
     return build  # type: ignore[no-any-return]
+
+
+def _imported(name: str) -> ModuleType:
+    """Import a module by its name, or by the path of its file."""
+    if not name.endswith(".py"):
+        return importlib.import_module(name)
+    spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+    if spec is None or spec.loader is None or not Path(name).is_file():
+        raise ImportError(f"no file {name}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # as an import does
+    spec.loader.exec_module(module)
+    return module
 
 
 class _Progress:
@@ -239,6 +316,14 @@ class _Progress:
         if self.wanted:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
+
+COMMANDS = {
+    "check": _check,
+    "replay": _replay,
+    "show": _show,
+    "init": _init,
+    "faults": _faults,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -541,7 +541,7 @@ def learning_rate_is_zero(seen: Evidence) -> bool:
 def parameters_are_moved_besides(seen: Evidence) -> bool:
     """Something besides the update moves the parameters: clamping, decay, noise, copying.
 
-    Try: leave parameters to the optimizer (weight_decay is one of its settings), or promise it
+    Try: leave parameters to the optimizer (weight_decay is one of its settings)
     """
     return any(seen.updates) and _moved_besides(seen)
 

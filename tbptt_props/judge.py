@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -28,9 +29,10 @@ from tbptt_props.properties import (
     chunks_tile_the_sequence,
     line_of,
 )
-from tbptt_props.rederivation import rederive
+from tbptt_props.rederivation import rederive, steps_reached
 from tbptt_props.report import Report, Verdict
 from tbptt_props.sensitivity import Change, Proof, proofs
+from tbptt_props.story import Storyteller
 from tbptt_props.strategies import cases
 from tbptt_props.subject import ObservationError, Subject, require, shortened
 from tbptt_props.trace import Cause, Chunk, Finding, Link, NotJudged, Span, Violation, counted
@@ -91,6 +93,7 @@ def _judge(
         twin = made_ready(fresh)
         before: list[Chunk] = []
         looking = Looking()
+        story = Storyteller()
         numbers = count()
         plans = [twin.contract.plan(case, b.inputs.shape[1]) for b in batches_of(twin, case)]
 
@@ -104,9 +107,13 @@ def _judge(
                 twin.contract,
             )
             unclear = _not_finite(link)
-            for p in of_links:
-                findings = judged[p.__name__]
-                findings.set_aside(unclear) if unclear else findings.add(_placed(p, p(link), chunk))
+            found = {
+                p.__name__: [] if unclear else list(_placed(p, p(link), chunk)) for p in of_links
+            }
+            for name, on_link in found.items():
+                findings = judged[name]
+                findings.set_aside(unclear) if unclear else findings.add(on_link)
+            story.tell(link, {} if unclear else found, lambda: steps_reached(twin, chunk))
             looking.at(link, alone=len(plans) == len(plans[0]) == 1)
             before[:] = [chunk.light()]
 
@@ -116,7 +123,9 @@ def _judge(
     broken = [name for name, findings in judged.items() if findings.violations]
     causes = causes_of(looking.evidence(trace, broken, _longest(twin.contract, case, plans)))
     verdicts = tuple(judged[p.__name__].verdict(p, case, causes) for p in properties)
-    return Report(name, verdicts, trace=trace)
+    scenes = tuple(story.scenes) if broken else ()
+    told = tuple(replace(v, story=scenes) if v.violations else v for v in verdicts)
+    return Report(name, told, trace=trace, cases=(case,))
 
 
 def _placed(
@@ -168,7 +177,7 @@ class _Findings:
         self.missing: list[str] = []
         self.clean = 0
 
-    def add(self, findings: Iterator[Finding]) -> None:
+    def add(self, findings: Iterable[Finding]) -> None:
         found = list(findings)
         self.violations += [finding for finding in found if isinstance(finding, Violation)]
         self.missing += [finding.missing for finding in found if isinstance(finding, NotJudged)]
@@ -204,6 +213,7 @@ def verify(
     properties: Sequence[Property] = PROPERTIES,
     on_case: Callable[[int, Report], object] | None = None,
     sensitivity: bool = False,
+    first: Sequence[Case] = (),
     **fixed: int,
 ) -> Report:
     """Search for cases that break a property of what `build(case)` returns, and shrink them.
@@ -216,6 +226,8 @@ def verify(
         on_case: told of each case's number and report while the search goes on.
         sensitivity: whether to break the loop on purpose, in memory, to see which of the properties
             that hold can fail here at all: `Verdict.proved_by`, `Report.vacuous`.
+        first: cases to try before the search, but for those that `build` assumes away or that have
+            another size than is fixed.
         fixed: sizes of a case that the subject can't vary, by name.
 
     Raises:
@@ -230,6 +242,7 @@ def verify(
         raise ValueError(f"max_examples must be at least 1, got max_examples={max_examples}")
     bench = Bench(build, properties)
     number = random.SystemRandom().getrandbits(64) if seed is None else seed
+    bench.try_first([case for case in first if _has(case, fixed)])
     examples = bench.search(cases(**fixed), number, max_examples, on_case)
     bench.require_cases_chunk()
     report = bench.summed()
@@ -240,6 +253,10 @@ def verify(
     if sensitivity:
         verdicts = bench.proved(verdicts)
     return replace(report, verdicts=verdicts, examples=examples)
+
+
+def _has(case: Case, fixed: Mapping[str, int]) -> bool:
+    return all(getattr(case, size) == value for size, value in fixed.items())
 
 
 def replay(build: Build, case: Case) -> Report:
@@ -307,6 +324,12 @@ class Bench:
         self.last = subject
         return subject
 
+    def try_first(self, first: Sequence[Case]) -> None:
+        """Judge cases that broke something before, but for those that are assumed away now."""
+        for case in first:
+            with suppress(UnsatisfiedAssumption):
+                self.judge(case)
+
     def search(
         self,
         strategy: Any,
@@ -363,7 +386,9 @@ class Bench:
     def summed(self) -> Report:
         """Sum up all cases judged so far: broken on one is broken."""
         verdicts = [self._summed(p.__name__) for p in self.properties]
-        return Report(self.name, tuple(verdicts), examples=len(self.reports))
+        return Report(
+            self.name, tuple(verdicts), examples=len(self.reports), cases=tuple(self.reports)
+        )
 
     def _summed(self, name: str) -> Verdict:
         found = [report[name] for _, report in sorted(self.reports.items())]

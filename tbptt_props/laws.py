@@ -236,7 +236,7 @@ def resumed(
         padding = batches[batch].padding
         if all((sequence, start) in padding for sequence in range(len(batches[batch].inputs))):
             return Rerun(where, missing="a boundary at which some sequence goes on")
-        return Rerun(where, problem="no chunk starts there to go on from")
+        return Rerun(where, problem="no chunk starts there", due="one to go on with")
     return _rerun(fresh, batches, marks.boundary, first, where)
 
 

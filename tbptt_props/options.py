@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tbptt_props.case import Case, case_of
+from tbptt_props.kept import Kept
 
 # How many cases each profile tries; "default" leaves it to Hypothesis' settings.
 PROFILES: dict[str, int | None] = {"quick": 20, "default": None, "thorough": 500}
@@ -26,16 +27,19 @@ class Options:
         strict: nothing is green or skipped that shows nothing.
         case: judge this case alone, without a search.
         profile: how many cases are tried where a test doesn't say it: one of PROFILES.
+        report: the folder in which cases that break a property are kept, to be tried first.
     """
 
     sensitivity: bool = False
     strict: bool = False
     case: Case | None = None
     profile: str = "default"
+    report: Path | None = None
 
 
 NAMES = tuple(field.name for field in fields(Options))
 ASKED: pytest.StashKey[Options] = pytest.StashKey()
+KEPT: pytest.StashKey[list[Kept]] = pytest.StashKey()  # when the session began
 
 
 def asked(command: Mapping[str, Any], root: Path) -> Options:
@@ -53,6 +57,8 @@ def asked(command: Mapping[str, Any], root: Path) -> Options:
         name: _valid(name, value, f"{path.name}, [tool.tbptt_props]: {name}")
         for name, value in _written_in(path).items()
     }
+    if "report" in chosen:  # beside the file, wherever pytest is called
+        chosen["report"] = root / chosen["report"]
     for name, value in command.items():
         if value is not None:
             chosen[name] = _valid(name, value, f"--tbptt-{name}")
@@ -81,6 +87,10 @@ def _valid(name: str, value: Any, where: str) -> Any:
         return value
     if not isinstance(value, str):
         raise pytest.UsageError(f"{where} must be a text, got {value!r}")
+    if name == "report":
+        if not value or Path(value).is_file():
+            raise pytest.UsageError(f"{where} must be a folder, got {value!r}")
+        return Path(value).absolute() if where.startswith("--") else Path(value)
     if name == "profile":
         if value not in PROFILES:
             raise pytest.UsageError(f"{where}: {unknown('profile', value, PROFILES)}")

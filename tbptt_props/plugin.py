@@ -7,16 +7,30 @@ is heavy is imported where a conformance test is.
 from __future__ import annotations
 
 import argparse
+import sys
 import textwrap
+from collections.abc import Generator
+from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import pytest
 
-from tbptt_props.ledger import NOTED, Ledger
-from tbptt_props.options import ASKED, NAMES, PROFILES, asked
+from tbptt_props.colour import coloured
+from tbptt_props.kept import all_kept
+from tbptt_props.ledger import NOTED, PREFIX, Ledger
+from tbptt_props.options import ASKED, KEPT, NAMES, PROFILES, asked
 
 WIDTH = 100
 HANDED_OVER = "tbptt_props"  # the key, in what a worker of xdist hands over when it is done
+WHOLE = ("long", "native")  # styles of a traceback in which somebody wants to see all of it
+MARKUP: dict[str, dict[str, bool]] = {
+    "broken": {"red": True, "bold": True},
+    "label": {"bold": True},
+    "found": {"red": True},
+    "due": {"green": True},
+    "fix": {"cyan": True},
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,6 +59,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help=f"how many cases to try where a test doesn't say it: {', '.join(PROFILES)}",
     )
     group.addoption(
+        "--tbptt-report",
+        metavar="DIR",
+        help="keep the smallest cases that break a property there, and try those kept there first",
+    )
+    group.addoption(
         "--tbptt-list", action="store_true", help="list the properties and their claims, and end"
     )
 
@@ -68,6 +87,70 @@ def pytest_configure(config: pytest.Config) -> None:
     command = {name: config.getoption(f"tbptt_{name}", None) for name in NAMES}
     config.stash[ASKED] = asked(command, config.rootpath)
     config.stash[NOTED] = Ledger()
+    folder = config.stash[ASKED].report
+    try:
+        config.stash[KEPT] = [] if folder is None else all_kept(folder)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[Any]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Let a failure say what is broken, and not where in the kit that was noticed."""
+    report = yield
+    judge = sys.modules.get("tbptt_props.report")  # without which nothing was judged
+    if judge is None or call.excinfo is None or not report.failed:
+        return report
+    whole = item.config.getoption("fulltrace") or item.config.getoption("tbstyle") in WHOLE
+    if isinstance(call.excinfo.value, judge.BrokenProperty) and not whole:
+        report.longrepr = Failure(str(call.excinfo.value).strip("\n"))  # type: ignore[assignment]
+    return report
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Give a failure back its face, of which a worker of xdist hands over the text alone."""
+    if isinstance(report.longrepr, str) and (f"{PREFIX}status", "broken") in _told(report):
+        report.longrepr = Failure(report.longrepr)  # type: ignore[assignment]
+
+
+def _told(report: pytest.TestReport) -> list[tuple[object, ...]]:
+    return [tuple(pair) for pair in report.user_properties]  # lists, once they have travelled
+
+
+@dataclass(frozen=True)
+class _Crash:
+    """What pytest says of a failure in one line."""
+
+    message: str
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class Failure:
+    """What is shown of a broken property in place of a traceback."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.reprcrash = _Crash(_first_violation(text))
+
+    def __str__(self) -> str:
+        return self.text
+
+    def toterminal(self, tw: Any) -> None:
+        """Write it, coloured where the terminal is."""
+        tw.line(coloured(self.text, lambda part, style: tw.markup(part, **MARKUP[style])))
+
+
+def _first_violation(text: str) -> str:
+    """Return the first of the violations, which are the second part of a failure."""
+    _, _, violations = text.partition("\n\n")
+    first, *others = violations.splitlines() or [text]
+    going_on = takewhile(lambda line: line.startswith(" " * 6), others)
+    return " ".join(line.strip() for line in (first, *going_on))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

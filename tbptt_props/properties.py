@@ -316,7 +316,8 @@ def events_come_in_a_legal_order(link: Link) -> Iterator[Finding]:
     """Gradients are clear before backward, which comes after forward and before the update."""
     outcome = _outcome(link)
     order = list(outcome.events)
-    if "backward" in order and "update" in order[: order.index("backward")]:
+    early = "backward" in order and "update" in order[: order.index("backward")]
+    if early:
         found = " → ".join(order)
         yield Violation(f"{link.chunk}, events", found, "forward → backward → update")
     dirty = [n for n in outcome.dirty if not _updated(outcome) or n in _updated(outcome)]
@@ -326,7 +327,7 @@ def events_come_in_a_legal_order(link: Link) -> Iterator[Finding]:
             f"not clear ({dirty[0]}{f' and {len(dirty) - 1} more' if len(dirty) > 1 else ''})",
             "cleared by zero_grad",
         )
-    if outcome.complete and outcome.rules and _cleared(outcome):
+    if outcome.complete and outcome.rules and _cleared(outcome) and not early:
         where = f"{link.chunk}, gradients at the update"
         yield Violation(where, "cleared after backward", "those of backward")
 
@@ -513,7 +514,7 @@ def _ends_alike(rerun: Rerun, *, bitwise: bool) -> Iterator[Finding]:
         yield NotJudged(rerun.missing)
         return
     if rerun.problem:
-        yield Violation(rerun.where, rerun.problem, "the same run again")
+        yield Violation(rerun.where, rerun.problem, rerun.due)
         return
     assert rerun.first is not None
     assert rerun.second is not None

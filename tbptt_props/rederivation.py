@@ -175,6 +175,38 @@ def _run(subject: Subject, given: Given, found: float) -> _Again:
     )
 
 
+def steps_reached(subject: Subject, chunk: Chunk) -> frozenset[int] | None:
+    """Return the time steps by which the prediction at a chunk's last one has gradients.
+
+    They are found by running the chunk's forward once more; None where they can't be told.
+    """
+    given, time = chunk.given, time_dimension(chunk)
+    if given is None or time is None or not given.calls[0].x.is_floating_point():
+        return None
+    try:
+        with _kept_randomness():
+            return _steps_reached(subject, given, time, min(step for _, step in chunk.inputs))
+    except Exception:  # whatever a stranger's forward raises outside its loop
+        return None
+
+
+def _steps_reached(subject: Subject, given: Given, time: int, start: int) -> frozenset[int] | None:
+    _load(subject.module, given)
+    first = given.calls[0]
+    x = _wanting_gradient(first.x)
+    arguments = Arguments(x, None, first.handed, value_of(first.others))
+    prediction, _ = Forward(subject).again(arguments, value_of(first.state))
+    steps = x.shape[time]
+    if prediction.dim() <= time or prediction.shape[time] != steps:
+        return None
+    last = prediction.select(time, steps - 1).sum()
+    if not last.requires_grad:
+        return frozenset()
+    (slope,) = torch.autograd.grad(last, x, allow_unused=True)
+    by_step = [] if slope is None else slope.unbind(time)
+    return frozenset(start + i for i, step in enumerate(by_step) if bool(step.any()))
+
+
 def _trainable(subject: Subject) -> dict[str, nn.Parameter]:
     return {n: p for n, p in subject.module.named_parameters() if p.requires_grad}
 

@@ -6,8 +6,13 @@ import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from tbptt_props import record
 from tbptt_props.case import Case
+from tbptt_props.kept import Kept
+from tbptt_props.story import Scene, reach_map
+from tbptt_props.strategies import coverage
 from tbptt_props.subject import ObservationError
 from tbptt_props.trace import Cause, Trace, Violation, counted
 
@@ -15,6 +20,14 @@ MOST_VIOLATIONS = 4  # the first says it; the rest are the same in other words
 WIDTH = 100
 MOST_CAUSES = 3
 MOST_LINES = 8  # of one violation: an error of somebody else's may be as long as it likes
+
+# What a map of where gradients went says more about than words.
+OF_REACH = {
+    "training_reaches_the_end",
+    "graph_crosses_no_boundary",
+    "gradients_are_the_chunks_own",
+    "gradients_span_the_whole_chunk",
+}
 
 
 class BrokenProperty(AssertionError):
@@ -33,6 +46,7 @@ class Verdict:
     judged: int = 0  # cases on which it was
     proved_by: tuple[str, ...] | None = None  # mistakes put in on purpose that broke it, if tried
     causes: tuple[Cause, ...] = ()  # the mistakes that would break it so; several where all fit
+    story: tuple[Scene, ...] = field(default=(), repr=False)  # of the case, if it is broken
 
     @property
     def status(self) -> str:
@@ -40,6 +54,21 @@ class Verdict:
         if self.violations:
             return "broken"
         return "holds" if self.judged else "not judged"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain data; docs/json.md says what is in it."""
+        return {
+            "name": self.name,
+            "claim": self.claim,
+            "status": self.status,
+            "cases": self.judged,
+            "needs": self.missing if self.status == "not judged" else "",
+            "smallest_case": record.of_case(self.case),
+            "violations": [record.of_violation(violation) for violation in self.violations],
+            "causes": [record.of_cause(cause) for cause in self.causes],
+            "broken_on_purpose_by": None if self.proved_by is None else list(self.proved_by),
+            "chunks": [record.of_scene(scene) for scene in self.story],
+        }
 
 
 @dataclass(frozen=True)
@@ -50,6 +79,7 @@ class Report:
     verdicts: tuple[Verdict, ...]
     examples: int = 1
     trace: Trace | None = field(default=None, repr=False)
+    cases: tuple[Case, ...] = field(default=(), repr=False)  # on which it was judged
 
     @property
     def holds(self) -> tuple[Verdict, ...]:
@@ -90,6 +120,47 @@ class Report:
     def as_text(self) -> str:
         """Say it to a person: one line per property, then each failure."""
         return as_text(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain data, which `json` can write; docs/json.md says what is in it."""
+        return {
+            "schema": record.SCHEMA,
+            "subject": self.subject,
+            "status": self.status,
+            "versions": record.versions(),
+            "cases": {
+                "tried": self.examples,
+                "sizes": record.of_cases(self.cases),
+                "kinds": coverage(self.cases),
+            },
+            "properties": [verdict.as_dict() for verdict in self.verdicts],
+        }
+
+    @property
+    def status(self) -> str:
+        """One of `broken`, `holds` and `not judged`."""
+        return "broken" if self.broken else "holds" if self.holds else "not judged"
+
+    def kept(self, build: str = "") -> list[Kept]:
+        """Return the smallest case of each broken property, as it is kept in a file.
+
+        Args:
+            build: where what was judged is made; by default the subject's name.
+        """
+        versions = record.versions()
+        return [
+            Kept(
+                verdict.name,
+                self.subject,
+                verdict.case,
+                build=build or self.subject,
+                found=str(verdict.violations[0]),
+                cause="".join(cause.sentence for cause in verdict.causes[:1]),
+                versions=versions,
+            )
+            for verdict in self.broken
+            if verdict.case is not None
+        ]
 
     def raise_if_broken(self) -> None:
         """Raise for the first broken property, if there is one.
@@ -177,6 +248,9 @@ def _failure_lines(report: Report, verdict: Verdict) -> Iterator[str]:
     if more > 0:
         yield f"  and {more} more of the kind"
     yield ""
+    if verdict.name in OF_REACH:
+        reach = reach_map(verdict.story)
+        yield from [*reach, ""] if reach else []
     at = next((violation.line for violation in verdict.violations if violation.line), "")
     if at:
         yield _one_line(f"  at                {at}")

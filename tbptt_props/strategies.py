@@ -5,7 +5,7 @@ Shapes: B sequences, T time steps, K time steps in a chunk, I inputs, H hidden u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -46,6 +46,18 @@ def cases(**fixed: int) -> st.SearchStrategy[Case]:
     for name, value in fixed.items():
         require_size(name, value)
     return _cases(tuple(sorted(fixed.items())))
+
+
+def coverage(tried: Iterable[Case]) -> dict[str, int]:
+    """Return how many of the cases are of each kind that there should be some of."""
+    found = list(tried)
+    count = {kind: sum(fits(c.chunk, c.steps) for c in found) for kind, fits in KINDS.items()}
+    count["a tail"] = sum(case.steps % case.chunk > 0 for case in found)
+    count["two boundaries or more"] = sum(case.steps > 2 * case.chunk for case in found)
+    count["two sequences or more"] = sum(case.batch > 1 for case in found)
+    count["two batches or more"] = sum(case.batches > 1 for case in found)
+    count["batches of several sizes"] = sum(len({*case.sizes()}) > 1 for case in found)
+    return count
 
 
 def chunk_lengths(*, steps: int | None = None) -> st.SearchStrategy[int]:

@@ -9,8 +9,9 @@ import random
 import shlex
 import textwrap
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import hypothesis
@@ -19,10 +20,11 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 
 from tbptt_props.case import Case
 from tbptt_props.judge import Bench, Property
+from tbptt_props.kept import Kept, cases_of, keep
 from tbptt_props.ledger import NOTED, PREFIX, Finding, Tally
-from tbptt_props.options import ASKED, PROFILES, Options, unknown
+from tbptt_props.options import ASKED, KEPT, PROFILES, Options, unknown
 from tbptt_props.properties import PROPERTIES
-from tbptt_props.report import WIDTH, BrokenProperty, Verdict, failure_text
+from tbptt_props.report import WIDTH, BrokenProperty, Report, Verdict, failure_text
 from tbptt_props.strategies import cases
 from tbptt_props.subject import ObservationError, Subject, shortened
 
@@ -216,8 +218,8 @@ class _Test:
     def _drawn(self, chosen: settings) -> Any:
         return hypothesis.seed(self.number)(chosen(given(case=self.strategy)(self.body)))
 
-    def run(self, options: Options, *args: Any, **kwargs: Any) -> None:
-        """Judge what the options say: the cases of a search, or one."""
+    def run(self, options: Options, kept: Sequence[Case], *args: Any, **kwargs: Any) -> None:
+        """Judge what the options say: the cases of a search, those kept first; or one."""
         __tracebackhide__ = True
         what = self.expected.get(self.found.name)
         if options.case is not None:
@@ -225,13 +227,17 @@ class _Test:
         elif what is not None:
             self._as_known(what, self._alone(what.case), *args, **kwargs)
         else:
-            self._searching(options)(*args, **kwargs)
+            self._searching(options, kept)(*args, **kwargs)
 
-    def _searching(self, options: Options) -> Any:
-        tried = PROFILES[options.profile]
-        if self.max_examples is not None or tried is None:
+    def _searching(self, options: Options, kept: Sequence[Case]) -> Any:
+        """Make the test of a search, before which the cases are tried that were kept for it."""
+        tried = PROFILES[options.profile] if self.max_examples is None else self.max_examples
+        first = [case for case in kept if not _otherwise(case, self.fixed)]
+        if tried == self.max_examples and not first:
             return self.search
-        return self._drawn(_settled(tried))
+        return functools.reduce(
+            lambda test, case: example(case=case)(test), first, self._drawn(_settled(tried))
+        )
 
     def _alone(self, case: Case) -> Any:
         """Make the test of one case; Hypothesis runs it, for whatever `build` asks of it."""
@@ -280,14 +286,16 @@ def _item_of(test: _Test) -> Any:
             kwargs["request"] = request
         begun = time.perf_counter()
         try:
-            test.run(options, *args, **kwargs)
+            test.run(options, _kept_for(request), *args, **kwargs)
             if options.sensitivity:
                 test.prove(*args, **kwargs)
         finally:
             _note(request, test, time.perf_counter() - begun)
+            _keep(request, test.found, options)
         _require_shown(test.found, strict=options.strict)
 
     item.__signature__ = _with_request(test.search)  # type: ignore[attr-defined]
+    item.tbptt_build = test.build  # type: ignore[attr-defined]
     return item
 
 
@@ -318,6 +326,22 @@ def _replay(request: pytest.FixtureRequest, case: Case) -> str:
     file = os.path.relpath(request.node.path, request.config.invocation_params.dir)
     item = "::".join([file, *str(request.node.nodeid).split("::")[1:]])
     return f"pytest {shlex.quote(item)} --tbptt-case={shlex.quote(repr(case))}"
+
+
+def _kept_for(request: pytest.FixtureRequest) -> list[Case]:
+    judged = request.node.callspec.params["judged"].__name__
+    kept: list[Kept] = request.config.stash.get(KEPT, [])
+    return cases_of(kept, _label(request.node, judged))
+
+
+def _keep(request: pytest.FixtureRequest, found: _Found, options: Options) -> None:
+    """Keep the smallest case on which a property was found broken, unless that was known."""
+    if options.report is None or found.broken is None or found.known or options.case is not None:
+        return
+    path = os.path.relpath(request.node.path, request.config.rootpath)
+    build = f"{Path(path).as_posix()}:{request.node.originalname}" if not request.node.cls else ""
+    report = Report(_label(request.node, found.name), (found.broken,))
+    keep(options.report, report.kept(build))
 
 
 def _note(request: pytest.FixtureRequest, test: _Test, seconds: float) -> None:

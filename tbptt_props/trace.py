@@ -129,6 +129,7 @@ class Leak:
 
     through: str  # the leaf of the state, or how else
     into: str  # the older time steps
+    chunks: tuple[str, ...] = field(default=(), compare=False)  # those of them that are known
 
 
 @dataclass(frozen=True)
@@ -296,6 +297,7 @@ class Rerun:
     first: Ending | None = None
     second: Ending | None = None
     problem: str = ""  # the second run did not get that far
+    due: str = "the same run again"  # in place of the problem
     missing: str = ""  # why there is nothing to compare
     bitwise: bool = True  # its inputs lay in memory as they did before: sums have the same order
 

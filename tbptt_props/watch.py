@@ -864,17 +864,15 @@ class Watch:
         older = bisect_left(numbers, self.horizon)
         if not older:
             return ()
-        into = ", ".join(
-            label for low, high, label in self.consumed if any_within(numbers, low, high)
-        )
-        into = into or "an earlier chunk"
+        known = tuple(label for low, high, label in self.consumed if any_within(numbers, low, high))
+        into = ", ".join(known) or "an earlier chunk"
         paths = [
             path
             for call in calls
             for path, oldest in call.attached.items()
             if oldest < self.horizon
         ]
-        return tuple(Leak(through, into) for through in paths) or (Leak("", into),)
+        return tuple(Leak(through, into, known) for through in paths or [""])
 
     def _gradients(self, handed: Tensors | None) -> Tensors:
         """Copy the gradients, or take those of `handed` that they are equal to."""

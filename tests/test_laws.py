@@ -441,7 +441,7 @@ def test_a_run_that_can_not_be_gone_on_with_is_told_with_its_error() -> None:
 
 def test_a_loop_that_never_starts_a_chunk_at_the_boundary_is_told() -> None:
     assert violation(RESUMED, "NeverCuts") == (
-        "from time step 4 on: no chunk starts there to go on from, but should be the same run again"
+        "from time step 4 on: no chunk starts there, but should be one to go on with"
     )
 
 

@@ -119,6 +119,84 @@ def told_of(result: pytest.RunResult, test: str) -> str:
     return line.removeprefix(f"{test}: ").rpartition("; ")[0]
 
 
+# What a failure shows -------------------------------------------------------------------------
+
+FOUND = "time steps 0-0, backward: called past Lightning, but should be self.manual_backward(loss)"
+ONE_CASE = ("-k", f"wrong and {BYPASSED}", "--tbptt-case=Case(steps=1, chunk=1)")
+
+
+def failures(result: pytest.RunResult) -> list[str]:
+    """Return the lines between the head of the one failure and what follows it."""
+    start = next(i for i, line in enumerate(result.outlines) if line.startswith("____"))
+    rest = result.outlines[start + 1 :]
+    return rest[: next(i for i, line in enumerate(rest) if line.startswith("===="))]
+
+
+def test_a_failure_is_told_without_a_traceback(pytester: pytest.Pytester) -> None:
+    write(pytester, WRONG)
+
+    result = run(pytester, *ONE_CASE)
+
+    lines = failures(result)
+    assert lines[0] == f"{BYPASSED}{'broken for test_wrong':>63}"
+    assert lines[3] == f"  {FOUND}"
+    assert lines[-1].startswith("  replay            pytest ")
+    (summed,) = (line for line in result.outlines if line.startswith("FAILED "))
+    assert summed.endswith(f"[{BYPASSED}] - {FOUND}")
+
+
+@pytest.mark.parametrize("style", ["--tb=long", "--tb=native", "--full-trace"])
+def test_who_asks_for_the_whole_traceback_gets_it(style: str, pytester: pytest.Pytester) -> None:
+    write(pytester, WRONG)
+
+    told = "\n".join(failures(run(pytester, style, *ONE_CASE)))
+
+    assert "BrokenProperty" in told
+    assert "replay            pytest" in told
+
+
+def test_a_failure_in_a_worker_looks_as_any_other(pytester: pytest.Pytester) -> None:
+    write(pytester, WRONG)
+    here = failures(run(pytester, *ONE_CASE))
+
+    there = failures(pytester.runpytest_subprocess(*LOAD, "-n", "1", *ONE_CASE))
+
+    assert [line for line in there if not line.startswith("[gw0]")] == here
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["alone", "xdist"])
+def test_a_failure_has_colour_where_pytest_has(
+    workers: tuple[str, ...], pytester: pytest.Pytester
+) -> None:
+    write(pytester, WRONG)
+
+    plain, coloured = (
+        pytester.runpytest_subprocess(*LOAD, *workers, f"--color={colour}", *ONE_CASE).stdout.str()
+        for colour in ("no", "yes")
+    )
+
+    assert "\033" not in plain
+    assert "but should be \033[32mself.manual_backward(loss)\033[0m" in coloured
+    assert f"\033[31m\033[1m{BYPASSED}\033[0m" in coloured
+
+
+def test_an_error_of_a_loop_that_can_not_be_described_keeps_its_traceback(
+    pytester: pytest.Pytester,
+) -> None:
+    write(
+        pytester,
+        """
+        @tb.conformance(max_examples=1)
+        def test_wrong(case):
+            raise RuntimeError("no file vocabulary.txt")
+        """,
+    )
+
+    told = "\n".join(failures(run(pytester, *ONE_CASE)))
+
+    assert 'raise RuntimeError("no file vocabulary.txt")' in told
+
+
 # What it costs --------------------------------------------------------------------------------
 
 
