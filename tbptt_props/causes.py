@@ -603,6 +603,27 @@ def loss_is_scaled(seen: Evidence) -> bool:
     )
 
 
+def cast_weights_are_kept(seen: Evidence) -> bool:
+    """Autocast casts the weights once and keeps them so: later chunks run on those from before.
+
+    Try: with torch.autocast(...) around one chunk's forward and loss, not around the loop; or
+    torch.autocast(..., cache_enabled=False)
+    """
+    reached = [look for look in seen.looks if look.leaks and not any(k.through for k in look.leaks)]
+    return bool(reached) and all(look.keeps_casts for look in reached)
+
+
+def scaled_gradients_are_changed(seen: Evidence) -> bool:
+    """Gradients are clipped or changed while they are scaled up, as they are for float16.
+
+    Try: clip in on_before_optimizer_step(self, optimizer): by then Lightning has scaled them down
+    again, inside of optimizer.step(); in a loop without it, scaler.unscale_(optimizer) before
+    """
+    pairs = [(k.loss, k.due) for k in seen.looks if k.autocast == "torch.float16" and k.updates]
+    ratios = [loss / due for loss, due in pairs if due and loss / due > 1]
+    return bool(ratios) and all(is_near(r, 2.0 ** round(math.log2(r))) for r in ratios)
+
+
 def the_loss_is_another_one(seen: Evidence) -> bool:
     """Another loss is trained on than the one that the kit was told.
 
@@ -928,7 +949,8 @@ FINGERPRINTS: tuple[Group, ...] = (
     ((END,), (a_container_is_detached, state_changes_its_type, short_sequences_are_refused)),
     ((TILE, GRADIENTS, ORDER, ONCE, MANUAL), (automatic_optimization_is_on,)),
     ((CUT, GONE, GRADIENTS), (state_is_detached_in_part, state_is_not_detached)),
-    ((CUT, GONE, GRADIENTS, LOSS), (losses_are_summed,)),
+    ((CUT, GONE, GRADIENTS, LOSS), (losses_are_summed, cast_weights_are_kept)),
+    ((LOSS, GRADIENTS), (scaled_gradients_are_changed,)),
     (
         (SPAN,),
         (features_are_cut_off, forward_runs_under_no_grad, forward_detaches_within_a_chunk),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypedDict
 
 import torch
 from torch import Tensor
 
+from tbptt_props.precision import unit
 from tbptt_props.trace import Difference, Tensors, told_apart
 
 
@@ -24,6 +28,25 @@ EXACT: dict[torch.dtype, Tolerance] = {
     torch.float64: {"rtol": 1e-9, "atol": 1e-12},
     torch.float32: {"rtol": 1e-4, "atol": 1e-6},
 }
+ROUNDINGS = 8  # on the way through one time step, there and back
+
+# By what share of its largest entry a tensor may differ that products were rounded for.
+_ROUNDED: ContextVar[float] = ContextVar("rounded", default=0.0)
+
+
+@contextmanager
+def rounded_to(dtype: torch.dtype | None, steps: int) -> Iterator[None]:
+    """Allow for products rounded to `dtype` within the block, along so many time steps.
+
+    Roundings add up as a random walk does: n of them make the unit times the root of n. What comes
+    of a chunk is a sum whose terms may cancel out, so this is a share of the largest entry.
+    """
+    share = 0.0 if dtype is None else unit(dtype) * math.sqrt(ROUNDINGS * max(1, steps))
+    token = _ROUNDED.set(share)
+    try:
+        yield
+    finally:
+        _ROUNDED.reset(token)
 
 
 def same(one: Tensor, other: Tensor) -> bool:
@@ -43,13 +66,29 @@ def same_leaves(ones: Tensors, others: Tensors) -> bool:
     return len(ones) == len(others) and all(same(one, other) for one, other in pairs)
 
 
-def close(found: Tensor, due: Tensor) -> bool:
-    """Tell whether `found` is what was due, but for the order of sums."""
+def close(found: Tensor, due: Tensor, *, rounded: bool = True) -> bool:
+    """Tell whether `found` is what was due, but for the order of sums.
+
+    What products come to may be `rounded`; what is added up in full precision is not.
+    """
     if found.shape != due.shape:
         return False
     if found.dtype == due.dtype and torch.equal(found, due):  # by far the commonest, and cheap
         return True
-    return torch.allclose(found, due, **_tolerance(found), equal_nan=True)
+    allowed = _tolerance(found)
+    if rounded and _ROUNDED.get():
+        allowed = {**allowed, "atol": allowed["atol"] + _ROUNDED.get() * _largest(due)}
+    wide = torch.promote_types(found.dtype, due.dtype)  # one may have been cast, as by autocast
+    return torch.allclose(found.to(wide), due.to(wide), **allowed, equal_nan=True)
+
+
+def _exact(found: Tensor, due: Tensor) -> bool:
+    return close(found, due, rounded=False)
+
+
+def _largest(tensor: Tensor) -> float:
+    finite = tensor.detach().abs().nan_to_num(0.0, 0.0)
+    return float(finite.max()) if tensor.numel() else 0.0
 
 
 def near(found: float, due: float, *, dtype: torch.dtype = torch.float64) -> bool:
@@ -102,13 +141,15 @@ def _comparable(tensor: Tensor) -> Tensor:
     return tensor.detach().to(wide)
 
 
-def worst(found: Tensors, due: Tensors, *, bitwise: bool = False) -> Iterator[Difference]:
+def worst(
+    found: Tensors, due: Tensors, *, bitwise: bool = False, rounded: bool = True
+) -> Iterator[Difference]:
     """Yield, for each name, the entry that differs most, where two sets of tensors differ."""
     for name in due:
         one, other = found.get(name), due[name]
         if one is None:
             one = torch.zeros_like(other)
-        if not (same(one, other) if bitwise else close(one, other)):
+        if not (same(one, other) if bitwise else close(one, other, rounded=rounded)):
             yield difference(name, one, other)
 
 
@@ -129,8 +170,8 @@ def is_clipped(gradients: Tensors, handed: Tensors) -> bool:
     )
     return height > 0 and all(
         _scaled_down(gradients[name], g)
-        or close(g, gradients[name].clamp(-height, height))
-        or (factor < 1 and close(g, (gradients[name] * factor).clamp(-height, height)))
+        or _exact(g, gradients[name].clamp(-height, height))
+        or (factor < 1 and _exact(g, (gradients[name] * factor).clamp(-height, height)))
         or _rows_scaled_down(gradients[name], g)
         for name, g in changed.items()
     )
@@ -151,12 +192,12 @@ def _rows_scaled_down(before: Tensor, after: Tensor) -> bool:
     rows, shrunk = (tensor.reshape(len(tensor), -1) for tensor in (before, after))
     norms = rows.norm(dim=1, keepdim=True)
     factors = torch.where(norms > 0, shrunk.norm(dim=1, keepdim=True) / norms, 1.0)
-    return bool(((factors > 0) & (factors <= 1 + 1e-9)).all()) and close(shrunk, rows * factors)
+    return bool(((factors > 0) & (factors <= 1 + 1e-9)).all()) and _exact(shrunk, rows * factors)
 
 
 def _scaled_down(before: Tensor, after: Tensor) -> bool:
     factor = after.norm() / before.norm()
-    return bool(0 < factor < 1) and close(after, before * factor)
+    return bool(0 < factor < 1) and _exact(after, before * factor)
 
 
 def scaling(gradients: Tensors, handed: Tensors) -> tuple[float, float]:

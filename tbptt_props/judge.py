@@ -6,7 +6,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -17,9 +17,11 @@ from hypothesis.errors import NoSuchExample, Unsatisfiable, UnsatisfiedAssumptio
 
 from tbptt_props.case import SIZES, Case
 from tbptt_props.causes import causes_of, likeliest
+from tbptt_props.compare import rounded_to
 from tbptt_props.contract import Contract
 from tbptt_props.evidence import Looking
 from tbptt_props.observation import Fresh, batches_of, made_ready, observing, rewired, run
+from tbptt_props.precision import dtype_of, rounding
 from tbptt_props.properties import (
     OF_LINKS,
     OF_RUNS,
@@ -66,12 +68,23 @@ def judge(
     return rewired(fresh, lambda wired: _in_its_dtype(wired, case, properties, name))
 
 
+class _Asked(Exception):
+    """Ends a run that was begun in another dtype than the one that the subject asks for."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(dtype)
+        self.dtype = dtype
+
+
 def _in_its_dtype(fresh: Fresh, case: Case, properties: Sequence[Property], name: str) -> Report:
-    report = _judge(fresh, case, properties, name, torch.float64)
-    if _halted_by_its_dtype(report):
-        again = _judge(fresh, case, properties, name, torch.float32)
-        if not _halted_by_its_dtype(again):
-            return again
+    try:
+        report = _judge(fresh, case, properties, name, torch.float64)
+        if _halted_by_its_dtype(report):
+            again = _judge(fresh, case, properties, name, torch.float32)
+            if not _halted_by_its_dtype(again):
+                return again
+    except _Asked as asked:
+        return _judge(fresh, case, properties, name, asked.dtype)
     return report
 
 
@@ -91,6 +104,8 @@ def _judge(
     judged = {p.__name__: _Findings() for p in properties}
     with observing(case, dtype):
         twin = made_ready(fresh)
+        if twin.precision is not None and dtype_of(twin.precision) != dtype:
+            raise _Asked(dtype_of(twin.precision))
         before: list[Chunk] = []
         looking = Looking()
         story = Storyteller()
@@ -99,22 +114,24 @@ def _judge(
 
         def judge_link(chunk: Chunk) -> None:
             number = next(numbers)
-            link = Link(
-                before[-1] if before else None,
-                chunk,
-                rederive(twin, chunk, slope=_looked_at(number), mixing=not number),
-                plans[chunk.batch],
-                twin.contract,
-            )
-            unclear = _not_finite(link)
-            found = {
-                p.__name__: [] if unclear else list(_placed(p, p(link), chunk)) for p in of_links
-            }
-            for name, on_link in found.items():
-                findings = judged[name]
-                findings.set_aside(unclear) if unclear else findings.add(on_link)
-            story.tell(link, {} if unclear else found, lambda: steps_reached(twin, chunk))
-            looking.at(link, alone=len(plans) == len(plans[0]) == 1)
+            with _rounded_as(chunk):
+                link = Link(
+                    before[-1] if before else None,
+                    chunk,
+                    rederive(twin, chunk, slope=_looked_at(number), mixing=not number),
+                    plans[chunk.batch],
+                    twin.contract,
+                )
+                unclear = _not_finite(link)
+                found = {
+                    p.__name__: [] if unclear else list(_placed(p, p(link), chunk))
+                    for p in of_links
+                }
+                for name, on_link in found.items():
+                    findings = judged[name]
+                    findings.set_aside(unclear) if unclear else findings.add(on_link)
+                story.tell(link, {} if unclear else found, lambda: steps_reached(twin, chunk))
+                looking.at(link, alone=len(plans) == len(plans[0]) == 1)
             before[:] = [chunk.light()]
 
         trace = run(fresh, case, judge_link)
@@ -126,6 +143,13 @@ def _judge(
     scenes = tuple(story.scenes) if broken else ()
     told = tuple(replace(v, story=scenes) if v.violations else v for v in verdicts)
     return Report(name, told, trace=trace, cases=(case,))
+
+
+def _rounded_as(chunk: Chunk) -> AbstractContextManager[None]:
+    """Allow for what products were rounded to in a chunk."""
+    autocast = chunk.given.autocast if chunk.given else None
+    start, stop = chunk.span or (0, 1)
+    return rounded_to(rounding(autocast), stop - start + chunk.context)
 
 
 def _placed(

@@ -18,10 +18,19 @@ from torch import Tensor, nn
 
 from tbptt_props.batch import Batch
 from tbptt_props.case import Case
-from tbptt_props.compare import clipped, is_clipped, same, same_leaves
+from tbptt_props.compare import (
+    clipped,
+    close,
+    is_clipped,
+    rounded_to,
+    same,
+    same_leaves,
+    worst,
+)
 from tbptt_props.contract import Contract
 from tbptt_props.forward import Arguments, Forward
 from tbptt_props.places import span_of
+from tbptt_props.precision import SKIPPED, overflowed, rounding
 from tbptt_props.process import Watchdog, randomness, set_randomness
 from tbptt_props.rederivation import apply_rule, put_buffer, rederive, wraps_another
 from tbptt_props.state import leaves, map_tensors, same_layout, value_of
@@ -474,9 +483,8 @@ def one_chunk(
     if not rules:
         return Rerun(where, missing="the optimizers are not known")
     contract = watch.subject.contract
-    clips = any(is_clipped(chunk.outcome.gradients, rule.handed) for rule in chunk.outcome.rules)
-    if clips and not contract.clips:
-        return Rerun(where, missing="gradients are clipped, and the contract does not say how")
+    if overflowed(chunk):
+        return Rerun(where, missing=SKIPPED)
     if chunk.padded:
         return Rerun(where, missing="inputs of forward that are the batch's own, without padding")
     whole = batches[0].copied().cut(0, stop=marks.plan[0][0][1])  # without what is left out
@@ -486,8 +494,13 @@ def one_chunk(
     if due.missing or due.loss is None:
         unknown = "targets of which it is clear how they are laid out"
         return Rerun(where, missing=due.missing or unknown)
+    gradients = _up_to_rounding(chunk, due.gradients)
+    if gradients is None and not contract.clips:
+        return Rerun(where, missing="gradients are clipped, and the contract does not say how")
+    if contract.clips and chunk.given.autocast == torch.float16:
+        return Rerun(where, missing="a precision without a scaler: it scales what is clipped")
     try:
-        second = _ordinary(chunk, due.gradients, due.state, rules, contract)
+        second = _ordinary(chunk, gradients or due.gradients, due.state, rules, contract)
     except Exception as error:  # whatever a stranger's optimizer raises out of its place
         return Rerun(where, missing=f"one update could not be made ({error})")
     # Of an optimizer that is not known from outside, no memory is known at the end either.
@@ -500,6 +513,26 @@ def _met_by(rule: Rule, chunk: Chunk) -> Tensors | None:
     assert chunk.outcome is not None
     met = (r.handed for r in chunk.outcome.rules if r.optimizer is rule.optimizer)
     return next(met, None)
+
+
+def _up_to_rounding(chunk: Chunk, due: Tensors) -> Tensors | None:
+    """Take the gradients that were found for those that are due, where they are close to them.
+
+    An update may make much of what was rounded. A scaler may have scaled them up for backward, and
+    down again. None where they were clipped on their way.
+    """
+    given, outcome, span = chunk.given, chunk.outcome, chunk.span
+    assert given is not None
+    assert outcome is not None
+    assert span is not None
+    handed = {name: g for rule in outcome.rules for name, g in rule.handed.items()}
+    with rounded_to(rounding(given.autocast), span[1] - span[0]):
+        scaled = bool(handed) and not any(worst(handed, {n: due[n] for n in handed if n in due}))
+        found = handed if scaled else outcome.gradients
+        near = {n: found[n] if n in found and close(found[n], g) else g for n, g in due.items()}
+    if not scaled and any(is_clipped(outcome.gradients, rule.handed) for rule in outcome.rules):
+        return None
+    return near
 
 
 def _as_set(rule: Rule, met: Sequence[Rule]) -> Rule:

@@ -15,6 +15,7 @@ from tbptt_props import laws
 from tbptt_props.batch import Batch, Parts
 from tbptt_props.case import Case
 from tbptt_props.lines import is_the_users, shown
+from tbptt_props.precision import dtype_of, overflowed
 from tbptt_props.process import Hung, undisturbed
 from tbptt_props.state import leaves
 from tbptt_props.subject import (
@@ -48,7 +49,7 @@ def observe(subject: Subject, case: Case) -> Trace:
 
     def attempt(fresh: Fresh) -> Trace:
         chunks.clear()
-        with observing(case):
+        with observing(case, dtype_of(subject.precision)):
             return run(fresh, case, chunks.append)
 
     return replace(rewired(subject.copied, attempt), chunks=tuple(chunks))
@@ -79,9 +80,13 @@ def run(fresh: Fresh, case: Case, hand_on: Callable[[Chunk], None]) -> Trace:
         return made_ready(fresh)
 
     diverged: list[str] = []
+    skipped: list[int] = []
 
     def looked_at(chunk: Chunk) -> None:
-        diverged.extend(_not_finite(chunk))
+        if overflowed(chunk):
+            skipped.append(chunk.index)
+        else:
+            diverged.extend(_not_finite(chunk))
         hand_on(chunk)
 
     subject = anew()
@@ -99,6 +104,7 @@ def run(fresh: Fresh, case: Case, hand_on: Callable[[Chunk], None]) -> Trace:
         watch.finished()
     if watch.problem is not None:
         raise watch.problem
+    _refuse_float16(subject, halt)
     _refuse_unknown_state(subject, watch)
     if halt is None:
         _refuse_automatic(subject, watch, plan)
@@ -117,6 +123,7 @@ def run(fresh: Fresh, case: Case, hand_on: Callable[[Chunk], None]) -> Trace:
         updates=watch.updates,
         counted=watch.lightning_updates() if watch.lightning_updates else None,
         changed=tuple(watch.changed),
+        skipped=len(skipped),
         diverged=next(iter(diverged), ""),
         validated=bool(validation),
     )
@@ -249,6 +256,16 @@ def _refuse_automatic(subject: Subject, watch: Watch, plan: Sequence[Sequence[Sp
             f"{type(subject.module).__name__} trains by automatic optimization, one update a "
             "batch: set self.automatic_optimization = False and make one update per chunk in "
             "training_step"
+        )
+
+
+def _refuse_float16(subject: Subject, halt: Halt | None) -> None:
+    """Refuse a precision for which this device has no kernels: that is nobody's mistake."""
+    words = ("could not create a primitive", "not implemented for 'Half'")
+    if halt and subject.precision == "16-mixed" and any(word in halt.error for word in words):
+        raise ObservationError(
+            f"{type(subject.module).__name__} can't be trained in 16-mixed on the CPU, which lacks "
+            f"a kernel for float16 ({halt.error}): it needs CUDA, or precision='bf16-mixed'"
         )
 
 

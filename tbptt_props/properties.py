@@ -27,6 +27,7 @@ from tbptt_props.compare import (
     worst,
 )
 from tbptt_props.lines import shown
+from tbptt_props.precision import SKIPPED, overflowed
 from tbptt_props.state import leaves
 from tbptt_props.trace import (
     Chunk,
@@ -130,7 +131,7 @@ def updates_go_through_lightnings_optimizer(trace: Trace) -> Iterator[Finding]:
         yield NotJudged("a LightningModule")
     elif not trace.updates:
         yield NotJudged("an update by an optimizer")
-    elif trace.counted != trace.updates:
+    elif trace.counted not in (trace.updates, trace.updates + trace.skipped):
         where = f"global_step after {counted(trace.updates, 'update')}"
         yield Violation(where, str(trace.counted), str(trace.updates))
 
@@ -230,6 +231,8 @@ def loss_is_the_chunks_own(link: Link) -> Iterator[Finding]:
     outcome, due = _outcome(link), link.expected
     if not outcome.complete:
         yield NotJudged("a backward that comes to its end")
+    elif overflowed(link.chunk):
+        yield NotJudged(SKIPPED)
     elif due.loss is None:
         unknown = "a loss" if due.partial else "inputs of forward that are the batch's own"
         yield NotJudged(due.missing or unknown)
@@ -245,8 +248,8 @@ def gradients_are_the_chunks_own(link: Link) -> Iterator[Finding]:
     if not outcome.complete:
         yield NotJudged("a backward that comes to its end")
         return
-    if due.missing:
-        yield NotJudged(due.missing)
+    if due.missing or overflowed(link.chunk):
+        yield NotJudged(due.missing or SKIPPED)
         return
     updated = _updated(outcome)
     feeding = link.chunk.given.feeding if link.chunk.given else frozenset()
@@ -352,8 +355,8 @@ def each_chunk_updates_once(link: Link) -> Iterator[Finding]:
         for i, parameters in enumerate(outcome.optimizers):
             if parameters and not parameters & _updated(outcome):
                 yield Violation(f"{link.chunk}, updates of optimizer {i}", "0", "1")
-    elif outcome.idle:
-        yield NotJudged(outcome.idle)
+    elif outcome.idle or overflowed(link.chunk):
+        yield NotJudged(outcome.idle or SKIPPED)
         return
     for count in sorted({0} if not counts else {*counts.values()} - {1}):
         yield Violation(f"{link.chunk}, updates", str(count), "1")
@@ -372,7 +375,7 @@ def the_update_follows_the_optimizers_rule(link: Link) -> Iterator[Finding]:
         yield NotJudged("parameters that nothing else moved")
     else:
         for rule, parameters in zip(outcome.rules, due.parameters, strict=True):
-            for wrong in worst(rule.after, parameters):
+            for wrong in worst(rule.after, parameters, rounded=False):
                 yield Violation(f"{link.chunk}, {wrong.entry} after the update", *wrong.told)
 
 
@@ -525,7 +528,7 @@ def _ends_alike(rerun: Rerun, *, bitwise: bool) -> Iterator[Finding]:
         if bitwise and one.keys() != other.keys():
             names = ", ".join(sorted(one.keys() ^ other.keys()))
             yield Violation(rerun.where, f"left {part} in one run only ({names})", "the same")
-        for wrong in worst(one, other, bitwise=exact):
+        for wrong in worst(one, other, bitwise=exact, rounded=False):
             yield Violation(f"{rerun.where}, {wrong.entry} at the end", *wrong.told)
 
 
@@ -690,7 +693,7 @@ def _share(link: Link) -> float:
         if name in outcome.met
     ]
     some = any(bool(g.any()) for g, _ in pairs)  # a gradient of zero tells no factor
-    divided = some and all(close(g * factor, before) for g, before in pairs)
+    divided = some and all(close(g * factor, before, rounded=False) for g, before in pairs)
     return link.share * factor if divided else link.share
 
 
@@ -730,7 +733,7 @@ def _lost_before_backward(link: Link) -> Iterator[Finding]:
         return
     standing = _outcome(link).standing
     found = {n: standing.get(n, torch.zeros_like(g)) for n, g in before.gradients.items()}
-    for wrong in _first(worst(found, before.gradients)):
+    for wrong in _first(worst(found, before.gradients, rounded=False)):
         where = f"{link.chunk}, gradient of {wrong.entry} before backward"
         lost, due = wrong.told
         yield Violation(where, lost, f"{due}, as the chunks before left it")
@@ -761,7 +764,7 @@ def _changed_on_the_way(link: Link) -> Iterator[Finding]:
             continue
         due = clipped(left, norm=contract.clip_norm, value=contract.clip_value, met=rule.handed)
         as_due = "clipped as promised" if promised else "as backward left it"
-        for wrong in _first(worst(rule.handed, due)):
+        for wrong in _first(worst(rule.handed, due, rounded=False)):
             where = f"{link.chunk}, gradient of {wrong.entry} at the update"
             met, left_over = wrong.told
             yield Violation(where, met, f"{left_over}, {as_due}")

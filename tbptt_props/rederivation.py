@@ -22,6 +22,7 @@ from tbptt_props.compare import close, difference, near, near_slope, same, worst
 from tbptt_props.forward import Arguments, Forward
 from tbptt_props.graph import nodes_behind
 from tbptt_props.layout import as_the_loss_takes, of_parts
+from tbptt_props.precision import autocasting
 from tbptt_props.process import randomness, set_randomness
 from tbptt_props.state import leaves, map_tensors, value_of
 from tbptt_props.subject import ObservationError, Subject
@@ -60,7 +61,7 @@ def rederive(
     if given is None or outcome is None:
         return Expected(missing="the chunk's tensors were dropped")
     try:
-        with _kept_randomness():
+        with _kept_randomness(), autocasting(given.autocast):
             return _rederived(subject, chunk, given, outcome, slope=slope, mixing=mixing)
     except ObservationError as error:  # the loss is none, or none of several calls' predictions
         if len(given.calls) == 1:
@@ -146,16 +147,16 @@ def _with_slopes(
     if not wanted or again.loss is None:
         unclear = "a loss" if again.loss is None else "slopes are looked at in other chunks"
         return replace(expected, slope_unclear=unclear)
-    by_values, by_autograd, unclear = _slopes(subject, given, again)
+    by_values, by_autograd, unclear = _slopes_in_float64(subject, given, again)
     return replace(expected, slope=by_values, autograd_slope=by_autograd, slope_unclear=unclear)
 
 
-def _run(subject: Subject, given: Given, found: float) -> _Again:
+def _run(subject: Subject, given: Given, found: float, form: Form | None = None) -> _Again:
     incoming = map_tensors(_wanting_gradient, given.calls[0].state)
     predictions, state = _forward(subject, given, incoming)
     draws = not torch.equal(torch.get_rng_state(), given.randomness[0])
     nodes = nodes_behind([*predictions, *leaves(state).values()])
-    form = _form_of(subject, given, predictions, found)
+    form = form or _form_of(subject, given, predictions, found)
     loss = None
     cotangents: list[Tensor | None] = [None] * len(predictions)
     gradients: Tensors = {}
@@ -546,6 +547,50 @@ def _pulled_back(
 # The slope of the loss, from values alone ---------------------------------------------------
 
 
+def _slopes_in_float64(
+    subject: Subject, given: Given, again: _Again
+) -> tuple[float | None, float | None, str]:
+    """Look at slopes in float64, also where training had less.
+
+    What forward detaches, it detaches in each dtype; but only float64 tells it from rounding.
+    """
+    dtype, module = torch.get_default_dtype(), subject.module
+    if dtype == torch.float64 or any(p.dtype != dtype for p in module.parameters()):
+        return _slopes(subject, given, again)
+    try:
+        torch.set_default_dtype(torch.float64)
+        module.double()
+        wide = _widened(given)
+        _load(module, wide)
+        return _slopes(subject, wide, _run(subject, wide, 0.0, again.form))
+    except Exception:  # whatever a stranger's forward raises in a dtype that it was not written for
+        return None, None, TOO_COARSE
+    finally:
+        torch.set_default_dtype(dtype)
+        module.to(dtype)
+
+
+def _widened(given: Given) -> Given:
+    """Return what a chunk was given with its numbers in float64; where it holds none, as it was."""
+
+    def wide(tree: Any) -> Any:
+        return map_tensors(lambda t: t.double() if t.is_floating_point() else t, tree)
+
+    return replace(
+        given,
+        calls=tuple(
+            replace(c, x=wide(c.x), state=wide(c.state), others=wide(c.others)) for c in given.calls
+        ),
+        parameters=wide(given.parameters),
+        buffers=wide(given.buffers),
+        attributes=wide(given.attributes),
+        target=wide(given.target),
+    )
+
+
+TOO_COARSE = "values in less than float64 are too coarse to difference"
+
+
 def _slopes(
     subject: Subject, given: Given, again: _Again
 ) -> tuple[float | None, float | None, str]:
@@ -554,8 +599,9 @@ def _slopes(
     if custom:
         return None, None, f"{custom} defines a gradient of its own, which need not be the slope"
     trainable = _trainable(subject)
-    if any(p.dtype != torch.float64 for p in trainable.values()):
-        return None, None, "values in less than float64 are too coarse to difference"
+    assert again.loss is not None
+    if any(t.dtype != torch.float64 for t in (again.loss, *again.predictions, *trainable.values())):
+        return None, None, TOO_COARSE
     told = _along(trainable, again.gradients)
     wide = _differenced(subject, given, again.form, NUDGE)
     if near_slope(wide, told):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tbptt_props.batch import Parts
 from tbptt_props.case import Case
 from tbptt_props.contract import Contract
+from tbptt_props.precision import PRECISIONS, Precision
 from tbptt_props.state import leaves
 
 Batches = Sequence[Any]
@@ -60,6 +61,9 @@ class Subject:
         outputs: returns `(prediction, state)` of what forward returns, where that is no pair:
             `lambda out: (out["logits"], out["past"])`.
         train: `train(module, batches)` trains a module that is no LightningModule.
+        precision: in which precision it is trained, as a Trainer's `precision` has it: "64-true",
+            "32-true", "bf16-mixed" or "16-mixed". By default float64, or float32 if the module
+            can't. A loop that `train` trains enters autocast by itself.
         validates: whether Lightning validates the module, if it has a `validation_step`, before the
             last batch of every second case, on a copy of that batch: training must not notice.
         around: a context manager that is entered around each training, with the subject.
@@ -69,7 +73,8 @@ class Subject:
 
     Raises:
         TypeError: an argument is of the wrong kind.
-        ValueError: `forward` names nothing that the module has, or `patience` is not positive.
+        ValueError: `forward` names nothing that the module has, there is no such `precision`, or
+            `patience` is not positive.
     """
 
     module: nn.Module
@@ -81,6 +86,7 @@ class Subject:
     parts: Parts | None = field(default=None, kw_only=True)
     outputs: Callable[[Any], tuple[Tensor, Any]] | None = field(default=None, kw_only=True)
     train: Callable[[Any, Batches], object] | None = field(default=None, kw_only=True)
+    precision: Precision | None = field(default=None, kw_only=True)
     validates: bool = field(default=True, kw_only=True)
     around: Callable[[Subject], AbstractContextManager[object]] | None = field(
         default=None, kw_only=True
@@ -103,6 +109,10 @@ class Subject:
         object.__setattr__(self, "state", _names(self.state))
         if not isinstance(self.forward, str):
             raise TypeError(f"forward must be a name, got forward={shortened(self.forward)}")
+        if self.precision is not None and self.precision not in PRECISIONS:
+            known = ", ".join(PRECISIONS)
+            given = shortened(self.precision)
+            raise ValueError(f"precision must be one of {known}, got precision={given}")
         if not self.patience > 0:
             raise ValueError(f"patience must be positive, got patience={self.patience}")
         if not callable(resolve(self.module, self.forward)):

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from tbptt_props.contract import Contract
@@ -120,6 +121,8 @@ class Given:
     feeding: frozenset[str] = frozenset()  # parameters that the incoming state is made from
     initial: Any = None  # the state in which the whole run began
     context: int = 0  # time steps run over before the chunk's own, without a loss
+    autocast: torch.dtype | None = None  # to which products were rounded, if they were
+    keeps_casts: bool = False  # weights are rounded once, and kept so
     repeats: tuple[Any, ...] = ()  # states from which a closure's later evaluations started
 
 
@@ -317,6 +320,7 @@ class Trace:
     watched: int = 0  # how many chunks' graphs were looked after
     updates: int = 0  # how many there were
     counted: int | None = None  # how many Lightning counted; None: not trained by Lightning
+    skipped: int = 0  # updates that a scaler left out, for gradients too large for float16
     changed: tuple[tuple[int, Difference], ...] = ()  # entries of the caller's batches
     validated: bool = False  # before the last batch
     diverged: str = ""  # which numbers were the first that are not finite, if any

@@ -14,12 +14,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from tbptt_props.batch import Batch
 from tbptt_props.forward import Forward
 from tbptt_props.places import locate
+from tbptt_props.precision import Precision
 from tbptt_props.process import Hung
 from tbptt_props.subject import Batches, ObservationError, Subject, WiringError
 from tbptt_props.watch import Training, Watching
@@ -61,7 +63,7 @@ def _trained(
     if subject.train is not None:
         return _with_function(subject, subject.train, batches, watch, skip)
     if isinstance(module, pl.LightningModule):
-        return _with_lightning(module, batches, watch, skip, validation)
+        return _with_lightning(subject, module, batches, watch, skip, validation)
     raise ObservationError(
         f"{type(module).__name__} is no LightningModule: say how it is trained with "
         "Subject(..., train=...), a function of the module and its batches"
@@ -72,6 +74,7 @@ def _trained(
 
 
 def _with_lightning(
+    subject: Subject,
     module: pl.LightningModule,
     batches: Batches,
     watch: Watching,
@@ -92,6 +95,7 @@ def _with_lightning(
         val_check_interval=1,
         inference_mode=False,  # in which torch would refuse a state left by validation, not we
         num_sanity_val_steps=0,
+        **_in_precision(subject.precision),
     )
     original = module.training_step
     own = "training_step" in vars(module)
@@ -130,6 +134,14 @@ def _with_lightning(
         if own:
             module.training_step = original  # type: ignore[method-assign]
     return None
+
+
+def _in_precision(precision: Precision | None) -> dict[str, Any]:
+    """Return what tells a Trainer in which precision to train."""
+    if precision == "bf16-mixed" or precision == "16-mixed":
+        # By the plugin itself: told by its name, Lightning has no float16 on the CPU.
+        return {"plugins": [MixedPrecision(precision, "cpu")]}
+    return {"precision": precision or "32-true"}  # in which nothing is cast, be it float64
 
 
 class _Loader:
@@ -187,6 +199,9 @@ class _Teller(pl.Callback):
         progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
 
         configured = [config.scheduler for config in trainer.lr_scheduler_configs]
+        # A scaler, too, goes by what it remembers, and can be asked for it and told.
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scalers = [] if scaler is None else [scaler]
 
         def set_updates(count: int) -> None:
             progress.total.completed = progress.total.ready = count
@@ -194,7 +209,7 @@ class _Teller(pl.Callback):
         self.watch.training_begun(
             Training(
                 optimizers=trainer.optimizers,
-                schedulers=[*configured, *_schedulers_kept(pl_module, configured)],
+                schedulers=[*configured, *_schedulers_kept(pl_module, configured), *scalers],
                 updates=lambda: trainer.global_step,
                 set_updates=set_updates,
             )

@@ -45,6 +45,7 @@ from tbptt_props.graph import (
 from tbptt_props.layout import joined, of_parts
 from tbptt_props.lines import Line, calls_itself, users_line
 from tbptt_props.places import lanes_of, locate, span_of, time_first
+from tbptt_props.precision import autocast_in_force, keeps_casts
 from tbptt_props.process import Hung, Watchdog, randomness
 from tbptt_props.state import leaves, value_of
 from tbptt_props.subject import ObservationError, Subject, WiringError
@@ -104,6 +105,8 @@ class _Snapshot:
     trainable: frozenset[str]
     attributes: Mapping[str, Mapping[str, Any]]
     randomness: Any
+    autocast: torch.dtype | None
+    keeps_casts: bool
 
 
 @dataclass(eq=False)
@@ -550,6 +553,8 @@ class Watch:
             trainable=frozenset(n for n, p in self.module.named_parameters() if p.requires_grad),
             attributes=plain_attributes(self.module),
             randomness=randomness(),
+            autocast=autocast_in_force(),
+            keeps_casts=keeps_casts(),
         )
 
     def _note_moves(self, until: str) -> None:
@@ -1127,6 +1132,8 @@ class Watch:
                 target=self._target(live, places),
                 context=context,
                 feeding=first.feeding,
+                autocast=first.snapshot.autocast,
+                keeps_casts=first.snapshot.keeps_casts,
                 repeats=tuple(live.repeats),
                 initial=self.initial_state,
             ),

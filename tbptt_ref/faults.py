@@ -16,7 +16,13 @@ from typing import Literal, Protocol
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 
-from tbptt_ref import faults_side_effects, faults_state, faults_time, faults_update
+from tbptt_ref import (
+    faults_precision,
+    faults_side_effects,
+    faults_state,
+    faults_time,
+    faults_update,
+)
 from tbptt_ref.module import TruncatedRNN
 
 Need = Literal[
@@ -222,4 +228,11 @@ FAULTS: tuple[Fault, ...] = (
     Fault(faults_side_effects.ForgetsManualOptimization),
     Fault(faults_side_effects.LeavesTheUpdateToLightning, ("two chunks",)),
     Fault(faults_side_effects.RefusesShortSequences, ("a sequence shorter than a chunk",)),
+)
+
+# Harmless in float64, where nothing is cast or scaled: the precision in which each does harm.
+UNDER_PRECISION: tuple[tuple[Literal["32-true", "bf16-mixed", "16-mixed"], Fault], ...] = (
+    ("32-true", Fault(faults_precision.KeepsItsCastWeights, ("two chunks",), optimizer=MOMENTUM)),
+    ("bf16-mixed", Fault(faults_precision.CarriesAHalfState, ("two chunks",), core=nn.GRU)),
+    ("16-mixed", Fault(faults_precision.ClipsScaledGradients, core=nn.GRU, optimizer=MOMENTUM)),
 )

@@ -122,6 +122,10 @@ CAUSES = {
 }
 
 
+# Of faults that do harm in mixed precision alone: tried in test_precision.
+ELSEWHERE = {"cast_weights_are_kept", "scaled_gradients_are_changed"}
+
+
 def judged(fault: Fault) -> tb.Report:
     """Judge a fault on the cases that show every fault, and sum up."""
 
@@ -151,7 +155,8 @@ def test_every_fault_has_a_cause() -> None:
 def test_every_cause_is_that_of_some_fault() -> None:
     known = {fingerprint.__name__ for _, group in FINGERPRINTS for fingerprint in group}
 
-    assert known == set(CAUSES.values())
+    assert known - ELSEWHERE == set(CAUSES.values())
+    assert known >= ELSEWHERE
 
 
 def test_a_cause_explains_properties_that_there_are_and_each_has_one() -> None:
