@@ -93,7 +93,7 @@ def run(fresh: Fresh, case: Case, hand_on: Callable[[Chunk], None]) -> Trace:
     batches = batches_of(subject, case)
     plan = tuple(subject.contract.plan(case, b.inputs.shape[1]) for b in batches)
     marks = laws.Bookmarks(plan, case, subject.contract)
-    watch = Watch(subject, batches, looked_at)
+    watch = Watch(subject, batches, looked_at, plan=plan)
     marks.watch(watch)
     with watch.on():
         copies = [batch.copied().whole for batch in batches]
@@ -248,14 +248,15 @@ def _small(case: Case, plan: Sequence[Sequence[Span]]) -> bool:
 
 
 def _refuse_automatic(subject: Subject, watch: Watch, plan: Sequence[Sequence[Span]]) -> None:
-    """Refuse a module that leaves the update to Lightning, and with it cuts nothing anywhere."""
+    """Refuse a module that leaves the update to Lightning, where one for each chunk is promised."""
     automatic = getattr(subject.module, "automatic_optimization", False)
     uncut = len(watch.closed) <= len(plan) < sum(map(len, plan))
-    if automatic and subject.train is None and uncut:
+    if automatic and subject.train is None and uncut and not subject.contract.adds_up:
         raise ObservationError(
             f"{type(subject.module).__name__} trains by automatic optimization, one update a "
             "batch: set self.automatic_optimization = False and make one update per chunk in "
-            "training_step"
+            "training_step; or, if forward cuts the sequence itself and one update for all of its "
+            "chunks is meant, promise that with Contract(update='batch')"
         )
 
 

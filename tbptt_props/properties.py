@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -157,6 +158,7 @@ def a_batch_knows_nothing_of_the_one_before(trace: Trace) -> Iterator[Finding]:
 def state_crosses_every_boundary(link: Link) -> Iterator[Finding]:
     """A chunk starts from exactly the state in which the chunk before it ended."""
     before, given = link.before, link.chunk.given
+    yield from _lost_between_calls(link)
     within = link.contract.carry == "within"
     if before is None or given is None or (link.chunk.starts_batch and within):
         yield NotJudged("a case of at least two chunks")
@@ -222,7 +224,10 @@ def graph_crosses_no_boundary(link: Link) -> Iterator[Finding]:
             yield Violation(where, f"attached to {into}", "detached")
         else:
             yield Violation(f"{link.chunk}, loss", f"reaches {into}", "cut off from it")
-    if link.before is None:
+    for before, after in link.chunk.uncut:
+        where = f"{replace(link.chunk, span=after)}, incoming state"
+        yield Violation(where, f"attached to the graph of time steps {spanned(before)}", "detached")
+    if link.before is None and not link.chunk.uncut:
         yield NotJudged("a case of at least two chunks")
 
 
@@ -550,6 +555,28 @@ def _state_differences(chunk: Chunk, found: Tensors, due: Tensors) -> Iterator[F
         if not same(one, other):
             wrong = difference(path, one, other)
             yield Violation(f"{chunk}, incoming {wrong.entry}", *wrong.told)
+
+
+def _lost_between_calls(link: Link) -> Iterator[Finding]:
+    """Yield where a call of forward goes on from another state than the call before it ended in.
+
+    One with a graph may have been made of that: a mask may have been laid on it.
+    """
+    chunk, given = link.chunk, link.chunk.given
+    if given is None or link.contract.carry not in ("within", "across") or chunk.context:
+        return
+    for (ended, started), (before, call) in zip(
+        pairwise(chunk.runs), pairwise(given.calls), strict=False
+    ):
+        if started[0] != ended[1] or call.attached:
+            continue
+        found, due = leaves(call.state), leaves(before.state_after)
+        here = replace(chunk, span=started)
+        if due and not found:
+            owed = f"the one time steps {spanned(ended)} ended in"
+            yield Violation(f"{here}, incoming state", "none", owed)
+        elif due:
+            yield from _state_differences(here, found, due)
 
 
 def _cut_off(chunk: Chunk) -> Iterator[tuple[str, str]]:

@@ -292,15 +292,33 @@ def put_buffer(module: nn.Module, name: str, buffer: Tensor, value: Tensor) -> N
 
 
 def _forward(subject: Subject, given: Given, state: Any) -> tuple[list[Tensor], Any]:
-    """Repeat the calls of a chunk; only the first one starts from a state that was handed in."""
+    """Repeat the calls of a chunk, each from the state that the one before it ended in.
+
+    Raises:
+        ObservationError: the loop makes another state of it on its way to the next call.
+    """
     predictions: list[Tensor] = []
     forward = Forward(subject)
     for i, call in enumerate(given.calls):
         if i and not call.attached:  # cut by the loop: whether it should be is judged elsewhere
+            state = value_of(call.state)
+        elif i and not _handed_on(given.calls[i - 1], call):
+            raise ObservationError("a state that goes from call to call of forward as it is")
+        elif (
+            i and subject.loss is None and any(predictions[-1] is s for s in leaves(state).values())
+        ):
+            # The slope that was seen of such a prediction is also that by way of the state.
             state = value_of(state)
         prediction, state = _repeat(forward, call, state)
         predictions.append(prediction)
     return predictions, state
+
+
+def _handed_on(before: Call, call: Call) -> bool:
+    """Tell whether a call got what the one before it returned, however it is nested or laid out."""
+    ended, found = (list(leaves(state).values()) for state in (before.state_after, call.state))
+    flat = [[leaf.flatten() for leaf in tree] for tree in (ended, found)]
+    return len(ended) == len(found) and all(map(same, *flat))
 
 
 def _repeat(forward: Forward, call: Call, state: Any) -> tuple[Tensor, Any]:

@@ -181,6 +181,8 @@ class Chunk:
     evaluations: int = 1  # how often a closure ran it
     lanes: tuple[int, ...] = ()  # the sequence in each row of the batch; () where not known
     pieces: tuple[Span, ...] = ()  # where one backward ran over calls that are cut apart
+    runs: tuple[Span, ...] = ()  # of each call of forward, if all are of the same sequences
+    uncut: tuple[tuple[Span, Span], ...] = ()  # chunks due that one backward ran through
     moved: bool = True  # its update changed some parameter
     index: int = 0  # which of its batch's chunks it is
     context: int = 0  # time steps among its inputs that belong to chunks before

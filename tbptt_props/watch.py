@@ -18,6 +18,7 @@ import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -183,9 +184,12 @@ class Watch:
         subject: Subject,
         batches: Sequence[Batch],
         hand_on: Callable[[Chunk], None],
+        *,
+        plan: Sequence[Sequence[Span]] = (),
     ) -> None:
-        """Watch `subject` on `batches`, of which pristine copies are kept."""
+        """Watch `subject` on `batches`, of which pristine copies are kept, and `plan` is due."""
         self.subject = subject
+        self.plan = plan
         self.module = subject.module
         self.hand_on = hand_on
         self.pristine = [batch.copied() for batch in batches]
@@ -515,6 +519,9 @@ class Watch:
         if found is not None and not guessed:
             return found
         instead: dict[str, Any] = {"state": guessed} if guessed else {}
+        if not instead and self.layer_calls and isinstance(returned, Tensor):
+            # Its state never leaves forward, which may cut the sequence itself.
+            instead = {"forward": self.layer, "loss": None}
         self.problem = WiringError(
             f"{type(self.module).__name__}.{self.subject.forward} must return a pair (prediction, "
             f"state) whose prediction is a tensor, got {_kind(returned)}; name another call with "
@@ -1116,6 +1123,7 @@ class Watch:
         places = _without(context, fed)
         span = span_of(places)
         self.trained_to = max(self.trained_to, span[1] if span else 0)
+        due = self.plan[live.batch] if self.plan else ()
         return Chunk(
             batch=live.batch,
             span=span,
@@ -1168,7 +1176,9 @@ class Watch:
             ),
             starts_batch=live.starts_batch,
             evaluations=live.evaluations,
-            pieces=_pieces(live.calls),
+            pieces=_pieces(live.calls, due if self.subject.contract.adds_up else ()),
+            uncut=_uncut(live.calls, due),
+            runs=_runs(live.calls),
             lanes=lanes_of(places),
             moved=_has_moved(live.rules),
             index=live.index,
@@ -1340,8 +1350,39 @@ def _has_moved(rules: list[Rule]) -> bool:
     return any(not same(rule.before[n], rule.after[n]) for rule in rules for n in rule.before)
 
 
-def _pieces(calls: list[_LiveCall]) -> tuple[Span, ...]:
-    """Return the time steps of each run of calls that hang together by their state."""
+def _runs(calls: list[_LiveCall]) -> tuple[Span, ...]:
+    """Return the time steps of each call, if all run over the same sequences."""
+    spans = [span for call in calls if (span := span_of(call.places)) is not None]
+    alike = len({lanes_of(call.places) for call in calls}) == 1
+    return tuple(spans) if alike and len(spans) == len(calls) else ()
+
+
+def _as_planned(calls: list[_LiveCall], plan: Sequence[Span]) -> tuple[Span, ...]:
+    """Return the time steps of each call, if each is just one of the chunks that are due."""
+    runs = _runs(calls)
+    return runs if {*runs} <= {*plan} else ()
+
+
+def _uncut(calls: list[_LiveCall], plan: Sequence[Span]) -> tuple[tuple[Span, Span], ...]:
+    """Return which chunks that are due one backward ran through, each with the one before it.
+
+    Of calls that run a single time step nothing is known: they may be any chunk's.
+    """
+    spans = _as_planned(calls, plan)
+    if all(stop - start == 1 for start, stop in spans):
+        return ()
+    pairs = zip(pairwise(spans), calls[1:], strict=True)
+    return tuple(pair for pair, call in pairs if call.call.attached)
+
+
+def _pieces(calls: list[_LiveCall], plan: Sequence[Span]) -> tuple[Span, ...]:
+    """Return the time steps of each run of calls that hang together by their state.
+
+    Where `plan` is that of chunks that may share a backward, each of them is a piece.
+    """
+    planned = _as_planned(calls, plan)
+    if planned:
+        return planned
     pieces: list[Span] = []
     for i, call in enumerate(calls):
         span = span_of(call.places)
