@@ -137,7 +137,9 @@ def _checkpoint(watch: Watch, start: int, state: Any = None, handed: bool = Fals
         buffers={name: b.detach().clone() for name, b in watch.module.named_buffers()},
         attributes=_numbers_and_text(watch.module),
         trainable=_trainable(watch.module),
-        graded=frozenset(n for n, p in parameters.items() if p.grad is not None),
+        graded=frozenset(
+            n for n, p in parameters.items() if p.grad is not None and not p.grad.is_sparse
+        ),
         memory=tuple(copy.deepcopy(o.state_dict()) for o in watch.training.optimizers),
         schedules=tuple(copy.deepcopy(s.state_dict()) for s in watch.training.schedulers),
         randomness=randomness(),

@@ -90,6 +90,7 @@ class Call:
     prediction: Tensor | None = None  # those of several heads, if so, as one tensor
     nest: Any = None  # how these were nested
     state_after: Any = None
+    is_state: bool = False  # the prediction is handed on as the state, as cells do
     attached: bool = False  # the incoming state carries a graph
     handed: bool = True  # a state was handed over at all, be it None
 

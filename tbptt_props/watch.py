@@ -46,7 +46,7 @@ from tbptt_props.layout import joined, of_parts
 from tbptt_props.lines import Line, calls_itself, users_line
 from tbptt_props.places import lanes_of, locate, span_of, time_first
 from tbptt_props.process import Hung, Watchdog, randomness
-from tbptt_props.state import leaves, value_of
+from tbptt_props.state import dense, leaves, value_of
 from tbptt_props.subject import ObservationError, Subject, WiringError
 from tbptt_props.trace import (
     Call,
@@ -222,6 +222,8 @@ class Watch:
         self.calls_ever = 0
         self.layer = _only_layer(self.module) if subject.forward == "forward" else None
         self.layer_calls = 0
+        self.layer_cuts = 0
+        self.in_forward: int | None = None  # calls of the layer by the forward under way
         self.last_state: Any = None
         self.initial_state: Any = None
         self.busy = False
@@ -310,7 +312,8 @@ class Watch:
             undo.enter_context(self.forward.replaced(self._called))
             if self.layer is not None:
                 layer = self.module.get_submodule(self.layer)
-                undo.callback(layer.register_forward_pre_hook(self._count_layer).remove)
+                count = self._count_layer
+                undo.callback(layer.register_forward_pre_hook(count, with_kwargs=True).remove)
             for name, layer in _bidirectional(self.module):
                 look = functools.partial(self._refuse_backward_state, name)
                 undo.callback(layer.register_forward_pre_hook(look, with_kwargs=True).remove)
@@ -321,8 +324,14 @@ class Watch:
             undo.callback(register_optimizer_step_post_hook(self._after_step).remove)
             yield
 
-    def _count_layer(self, *called: object) -> None:
+    def _count_layer(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
+        """Count the calls of the only layer, and those in which forward cuts its state itself."""
         self.layer_calls += 1
+        if self.in_forward is not None and torch.is_grad_enabled() and not self.busy:
+            handed = leaves(args[1] if len(args) > 1 else kwargs.get("hx")).values()
+            attached = [leaf for leaf in handed if leaf.requires_grad]
+            self.layer_cuts += bool(self.in_forward and handed and not attached)
+            self.in_forward += 1
 
     def _refuse_backward_state(self, name: str, layer: nn.Module, args: Any, kwargs: Any) -> None:
         """Refuse a layer whose backward direction goes on from the state of the chunk before."""
@@ -398,7 +407,9 @@ class Watch:
         if self.initial_state is None:
             self.initial_state = live.call.state
         live.opened = sequence_number()
+        self.in_forward = 0
         returned = original(*args, **kwargs)
+        self.in_forward = None
         live.closed = sequence_number()
         live.drew = not torch.equal(torch.get_rng_state(), live.snapshot.randomness[0])
         predicted, after = self._came_out(returned, arguments, before)
@@ -410,6 +421,7 @@ class Watch:
                 live.call,
                 prediction=pair[0].detach(),
                 nest=pair[1],
+                is_state=any(predicted is leaf for leaf in leaves(after).values()),
                 state_after=self.last_state,
             )
             live.hands_on_a_graph = any(leaf.grad_fn for leaf in leaves(after).values())
@@ -655,7 +667,7 @@ class Watch:
 
     def _has_gradient(self, name: str) -> bool:
         gradient = self.module.get_parameter(name).grad
-        return gradient is not None and bool(gradient.any())
+        return gradient is not None and bool(dense(gradient).any())
 
     def _moved(self, name: str) -> bool:
         """Tell whether a parameter is not as it was when it was last looked at."""
@@ -836,7 +848,7 @@ class Watch:
             dirty=tuple(
                 name
                 for name, p in self.module.named_parameters()
-                if p.grad is not None and bool(p.grad.any())
+                if p.grad is not None and bool(dense(p.grad).any())
             ),
             rules=[rule for _, rule in early],
             mode=all(call.training for call in calls),
@@ -882,9 +894,10 @@ class Watch:
         for name, parameter in self.module.named_parameters():
             if parameter.grad is None:
                 continue
+            gradient = dense(parameter.grad.detach())
             known = handed.get(name) if handed is not None else None
-            equal = known is not None and same(parameter.grad, known)
-            found[name] = known if equal and known is not None else parameter.grad.detach().clone()
+            equal = known is not None and same(gradient, known)
+            found[name] = known if equal and known is not None else gradient.clone()
         return found
 
     # Update ---------------------------------------------------------------------------------
@@ -1230,8 +1243,9 @@ class Watch:
 
 
 def _only_layer(module: nn.Module) -> str | None:
-    """Name the module's one recurrent layer of torch's, if it has just one."""
-    layers = [name for name, m in module.named_modules() if isinstance(m, nn.RNNBase) and name]
+    """Name the module's one recurrent layer or cell of torch's, if it has just one."""
+    kinds = (nn.RNNBase, nn.RNNCellBase)
+    layers = [name for name, m in module.named_modules() if isinstance(m, kinds) and name]
     return layers[0] if len(layers) == 1 else None
 
 
