@@ -136,6 +136,8 @@ class Forward:
         """
         if self.outputs is not None:
             returned = self.outputs(returned)
+        elif isinstance(self.owner, nn.RNNCellBase):  # one of torch's returns the state alone
+            returned = (next(iter(leaves(returned).values()), None), returned)
         several = isinstance(returned, (tuple, list))
         prediction = returned[0] if several and returned else returned
         # A tuple may as well be a state that comes first, where nothing is told of it.

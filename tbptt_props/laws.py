@@ -35,7 +35,7 @@ from tbptt_props.process import Watchdog, randomness, set_randomness
 from tbptt_props.rederivation import apply_rule, put_buffer, rederive, wraps_another
 from tbptt_props.state import leaves, map_tensors, same_layout, value_of
 from tbptt_props.subject import Subject
-from tbptt_props.trace import Chunk, Ending, Rerun, Rule, Span, Tensors, time_dimension
+from tbptt_props.trace import REWORKED, Chunk, Ending, Rerun, Rule, Span, Tensors, time_dimension
 from tbptt_props.train import train
 from tbptt_props.watch import Training, Watch, plain_attributes
 
@@ -146,7 +146,9 @@ def _checkpoint(watch: Watch, start: int, state: Any = None, handed: bool = Fals
         buffers={name: b.detach().clone() for name, b in watch.module.named_buffers()},
         attributes=_numbers_and_text(watch.module),
         trainable=_trainable(watch.module),
-        graded=frozenset(n for n, p in parameters.items() if p.grad is not None),
+        graded=frozenset(
+            n for n, p in parameters.items() if p.grad is not None and not p.grad.is_sparse
+        ),
         memory=tuple(copy.deepcopy(o.state_dict()) for o in watch.training.optimizers),
         schedules=tuple(copy.deepcopy(s.state_dict()) for s in watch.training.schedulers),
         randomness=randomness(),
@@ -232,12 +234,13 @@ def resumed(
     where = f"{f'batch {batch}, ' if batch else ''}from time step {start} on"
     if watch.subject.contract.carry == "custom" or watch.subject.contract.context:
         return Rerun(where, missing="a contract by which a chunk starts where the one before ended")
+    if any(chunk.reworked for chunk in watch.closed):
+        return Rerun(where, missing=REWORKED)
     unknown = _unknown_memory(watch)
     if unknown:
         return Rerun(where, missing=unknown)
-    if (
-        len({trained for i, trained in watch.trained if i == batch}) > 1
-    ):  # optimizers that take turns, by a count of the loop's own
+    if len({trained for i, trained in watch.trained if i == batch}) > 1:
+        # Optimizers take turns, by a count of the loop's own.
         return Rerun(where, missing="chunks that all train the same parameters")
     if marks.boundary is None:
         if any(chunk.span is None for chunk in watch.closed):

@@ -13,10 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tbptt_props.compare import close
+from tbptt_props.compare import close, same
 from tbptt_props.state import leaves, map_tensors
 
 Loss = Callable[[Any, Any], Tensor]
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Tell whether two states hold the same numbers in order, however they are nested."""
+    ones, others = ([leaf.flatten() for leaf in leaves(tree).values()] for tree in (one, other))
+    return len(ones) == len(others) and all(map(same, ones, others))
 
 
 # Several predictions as one -------------------------------------------------------------------

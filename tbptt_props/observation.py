@@ -108,6 +108,7 @@ def run(fresh: Fresh, case: Case, hand_on: Callable[[Chunk], None]) -> Trace:
     _refuse_unknown_state(subject, watch)
     if halt is None:
         _refuse_automatic(subject, watch, plan)
+        _refuse_cuts_in_forward(subject, watch, plan)
     if not watch.closed:
         _refuse_unseen(subject, watch, lenient=halt is not None or _small(case, plan))
     trace = Trace(
@@ -250,8 +251,8 @@ def _small(case: Case, plan: Sequence[Sequence[Span]]) -> bool:
 def _refuse_automatic(subject: Subject, watch: Watch, plan: Sequence[Sequence[Span]]) -> None:
     """Refuse a module that leaves the update to Lightning, where one for each chunk is promised."""
     automatic = getattr(subject.module, "automatic_optimization", False)
-    uncut = len(watch.closed) <= len(plan) < sum(map(len, plan))
-    if automatic and subject.train is None and uncut and not subject.contract.adds_up:
+    whole = _is_uncut(watch, plan) and not subject.contract.adds_up
+    if automatic and subject.train is None and whole:
         raise ObservationError(
             f"{type(subject.module).__name__} trains by automatic optimization, one update a "
             "batch: set self.automatic_optimization = False and make one update per chunk in "
@@ -267,6 +268,24 @@ def _refuse_float16(subject: Subject, halt: Halt | None) -> None:
         raise ObservationError(
             f"{type(subject.module).__name__} can't be trained in 16-mixed on the CPU, which lacks "
             f"a kernel for float16 ({halt.error}): it needs CUDA, or precision='bf16-mixed'"
+        )
+
+
+def _is_uncut(watch: Watch, plan: Sequence[Sequence[Span]]) -> bool:
+    return len(watch.closed) <= len(plan) < sum(map(len, plan))
+
+
+def _refuse_cuts_in_forward(subject: Subject, watch: Watch, plan: Sequence[Sequence[Span]]) -> None:
+    """Refuse a forward that is handed whole sequences and cuts them itself: its layer runs chunks.
+
+    Its pieces are to be judged, and not the call that makes them.
+    """
+    if watch.layer and watch.layer_cuts and _is_uncut(watch, plan):
+        raise WiringError(
+            f"{type(subject.module).__name__}.{subject.forward} is handed whole sequences and cuts "
+            "them itself: name the call that runs a chunk with Subject(..., forward='...'), a "
+            "method or a submodule",
+            {"forward": watch.layer, "loss": None},
         )
 
 

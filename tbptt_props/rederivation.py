@@ -8,6 +8,7 @@ slope comes from values alone.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,12 +22,13 @@ from tbptt_props.byhand import BY_HAND
 from tbptt_props.compare import close, difference, near, near_slope, same, worst
 from tbptt_props.forward import Arguments, Forward
 from tbptt_props.graph import nodes_behind
-from tbptt_props.layout import as_the_loss_takes, of_parts
+from tbptt_props.layout import alike, as_the_loss_takes, of_parts
 from tbptt_props.precision import autocasting
 from tbptt_props.process import randomness, set_randomness
-from tbptt_props.state import leaves, map_tensors, value_of
+from tbptt_props.state import dense, leaves, map_tensors, value_of
 from tbptt_props.subject import ObservationError, Subject
 from tbptt_props.trace import (
+    REWORKED,
     Call,
     Chunk,
     Difference,
@@ -106,7 +108,7 @@ def _rederived(
     expected = Expected(
         loss=None if again.loss is None else float(again.loss.detach()),
         cotangents=tuple(again.cotangents),
-        gradients=_shared(_of_the_loss_seen(subject, again, outcome), outcome.gradients),
+        gradients=_shared(_of_the_loss_seen(subject, given, again, outcome), outcome.gradients),
         state=value_of(again.state),
         state_matters=_state_matters(subject, given, again),
         draws=again.draws,
@@ -226,7 +228,8 @@ def _gradients(
 ) -> list[Tensor | None]:
     """Return the gradients of `roots` by what is wanted."""
     try:
-        return [*torch.autograd.grad(roots, wanted, along, retain_graph=True, allow_unused=True)]
+        found = torch.autograd.grad(roots, wanted, along, retain_graph=True, allow_unused=True)
+        return [None if g is None else dense(g) for g in found]
     except RuntimeError as error:
         if "checkpoint" not in str(error):
             raise
@@ -235,13 +238,13 @@ def _gradients(
         tensor.grad = None
         tensor.retain_grad()
     torch.autograd.backward(roots, along, retain_graph=True)
-    found = [tensor.grad for tensor in wanted]
+    left = [None if tensor.grad is None else dense(tensor.grad) for tensor in wanted]
     for tensor in wanted:
         tensor.grad = None
-    return found
+    return left
 
 
-def _of_the_loss_seen(subject: Subject, again: _Again, outcome: Outcome) -> Tensors:
+def _of_the_loss_seen(subject: Subject, given: Given, again: _Again, outcome: Outcome) -> Tensors:
     """Return the gradients of the loss that the subject really had.
 
     Where that loss is wrong, it is to blame, and not the gradients that follow from it.
@@ -251,7 +254,12 @@ def _of_the_loss_seen(subject: Subject, again: _Again, outcome: Outcome) -> Tens
         return again.gradients
     if _same_all(seen, again.cotangents):
         return again.gradients
-    return _pulled_back(again.predictions, seen, _trainable(subject))
+    predictions = again.predictions
+    if any(call.is_state for call in given.calls):
+        # What comes by way of the next call is in the gradient that was seen: not once more.
+        _load_values(subject.module, given)
+        predictions, _ = _forward(subject, given, value_of(given.calls[0].state), apart=True)
+    return _pulled_back(predictions, seen, _trainable(subject))
 
 
 def _same_all(ones: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
@@ -291,8 +299,12 @@ def put_buffer(module: nn.Module, name: str, buffer: Tensor, value: Tensor) -> N
     setattr(module.get_submodule(head), tail, value.clone())
 
 
-def _forward(subject: Subject, given: Given, state: Any) -> tuple[list[Tensor], Any]:
+def _forward(
+    subject: Subject, given: Given, state: Any, *, apart: bool = False
+) -> tuple[list[Tensor], Any]:
     """Repeat the calls of a chunk, each from the state that the one before it ended in.
+
+    If `apart`, what is both a prediction and the state is handed on without its graph.
 
     Raises:
         ObservationError: the loop makes another state of it on its way to the next call.
@@ -302,23 +314,17 @@ def _forward(subject: Subject, given: Given, state: Any) -> tuple[list[Tensor], 
     for i, call in enumerate(given.calls):
         if i and not call.attached:  # cut by the loop: whether it should be is judged elsewhere
             state = value_of(call.state)
-        elif i and not _handed_on(given.calls[i - 1], call):
-            raise ObservationError("a state that goes from call to call of forward as it is")
-        elif (
-            i and subject.loss is None and any(predictions[-1] is s for s in leaves(state).values())
-        ):
-            # The slope that was seen of such a prediction is also that by way of the state.
-            state = value_of(state)
+        elif i and not alike(given.calls[i - 1].state_after, call.state):
+            raise ObservationError(REWORKED)
         prediction, state = _repeat(forward, call, state)
         predictions.append(prediction)
+        if apart:
+            state = map_tensors(functools.partial(_cut_off_if, prediction), state)
     return predictions, state
 
 
-def _handed_on(before: Call, call: Call) -> bool:
-    """Tell whether a call got what the one before it returned, however it is nested or laid out."""
-    ended, found = (list(leaves(state).values()) for state in (before.state_after, call.state))
-    flat = [[leaf.flatten() for leaf in tree] for tree in (ended, found)]
-    return len(ended) == len(found) and all(map(same, *flat))
+def _cut_off_if(prediction: Tensor, leaf: Tensor) -> Tensor:
+    return leaf.detach() if leaf is prediction else leaf
 
 
 def _repeat(forward: Forward, call: Call, state: Any) -> tuple[Tensor, Any]:

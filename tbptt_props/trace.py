@@ -16,6 +16,7 @@ from tbptt_props.contract import Contract
 from tbptt_props.lines import Line
 
 Tensors = Mapping[str, Tensor]
+REWORKED = "a state that goes from call to call of forward as it is"  # missing, if it doesn't
 Place = tuple[int, int]  # (sequence, time step) within a batch
 Span = tuple[int, int]  # time steps from the first up to, not including, the second
 Kind = Literal["forward", "backward", "update"]
@@ -91,6 +92,7 @@ class Call:
     prediction: Tensor | None = None  # those of several heads, if so, as one tensor
     nest: Any = None  # how these were nested
     state_after: Any = None
+    is_state: bool = False  # the prediction is handed on as the state, as cells do
     attached: bool = False  # the incoming state carries a graph
     handed: bool = True  # a state was handed over at all, be it None
 
@@ -183,6 +185,7 @@ class Chunk:
     pieces: tuple[Span, ...] = ()  # where one backward ran over calls that are cut apart
     runs: tuple[Span, ...] = ()  # of each call of forward, if all are of the same sequences
     uncut: tuple[tuple[Span, Span], ...] = ()  # chunks due that one backward ran through
+    reworked: bool = False  # between calls, the loop makes another state of the one returned
     moved: bool = True  # its update changed some parameter
     index: int = 0  # which of its batch's chunks it is
     context: int = 0  # time steps among its inputs that belong to chunks before

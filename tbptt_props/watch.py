@@ -43,12 +43,12 @@ from tbptt_props.graph import (
     sequence_number,
     variables_past,
 )
-from tbptt_props.layout import joined, of_parts
+from tbptt_props.layout import alike, joined, of_parts
 from tbptt_props.lines import Line, calls_itself, users_line
 from tbptt_props.places import lanes_of, locate, span_of, time_first
 from tbptt_props.precision import autocast_in_force, keeps_casts
 from tbptt_props.process import Hung, Watchdog, randomness
-from tbptt_props.state import leaves, value_of
+from tbptt_props.state import dense, leaves, value_of
 from tbptt_props.subject import ObservationError, Subject, WiringError
 from tbptt_props.trace import (
     Call,
@@ -209,6 +209,7 @@ class Watch:
         self.graphs: list[tuple[str, list[weakref.ref[_Canary]]]] = []
         self.outlived: list[str] = []
         self.watched = 0
+        self.ended: tuple[int, int, Call] | None = None  # the last chunk: batch, calls, the last
         self.trained: set[tuple[int, frozenset[str]]] = set()  # parameters, by batch and chunk
         self.batch = -1
         self.fresh_batch = False
@@ -229,6 +230,8 @@ class Watch:
         self.calls_ever = 0
         self.layer = _only_layer(self.module) if subject.forward == "forward" else None
         self.layer_calls = 0
+        self.layer_cuts = 0
+        self.in_forward: int | None = None  # calls of the layer by the forward under way
         self.last_state: Any = None
         self.initial_state: Any = None
         self.busy = False
@@ -317,7 +320,8 @@ class Watch:
             undo.enter_context(self.forward.replaced(self._called))
             if self.layer is not None:
                 layer = self.module.get_submodule(self.layer)
-                undo.callback(layer.register_forward_pre_hook(self._count_layer).remove)
+                count = self._count_layer
+                undo.callback(layer.register_forward_pre_hook(count, with_kwargs=True).remove)
             for name, layer in _bidirectional(self.module):
                 look = functools.partial(self._refuse_backward_state, name)
                 undo.callback(layer.register_forward_pre_hook(look, with_kwargs=True).remove)
@@ -328,8 +332,14 @@ class Watch:
             undo.callback(register_optimizer_step_post_hook(self._after_step).remove)
             yield
 
-    def _count_layer(self, *called: object) -> None:
+    def _count_layer(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
+        """Count the calls of the only layer, and those in which forward cuts its state itself."""
         self.layer_calls += 1
+        if self.in_forward is not None and torch.is_grad_enabled() and not self.busy:
+            handed = leaves(args[1] if len(args) > 1 else kwargs.get("hx")).values()
+            attached = [leaf for leaf in handed if leaf.requires_grad]
+            self.layer_cuts += bool(self.in_forward and handed and not attached)
+            self.in_forward += 1
 
     def _refuse_backward_state(self, name: str, layer: nn.Module, args: Any, kwargs: Any) -> None:
         """Refuse a layer whose backward direction goes on from the state of the chunk before."""
@@ -405,7 +415,9 @@ class Watch:
         if self.initial_state is None:
             self.initial_state = live.call.state
         live.opened = sequence_number()
+        self.in_forward = 0
         returned = original(*args, **kwargs)
+        self.in_forward = None
         live.closed = sequence_number()
         live.drew = not torch.equal(torch.get_rng_state(), live.snapshot.randomness[0])
         predicted, after = self._came_out(returned, arguments, before)
@@ -417,6 +429,7 @@ class Watch:
                 live.call,
                 prediction=pair[0].detach(),
                 nest=pair[1],
+                is_state=any(predicted is leaf for leaf in leaves(after).values()),
                 state_after=self.last_state,
             )
             live.hands_on_a_graph = any(leaf.grad_fn for leaf in leaves(after).values())
@@ -667,7 +680,7 @@ class Watch:
 
     def _has_gradient(self, name: str) -> bool:
         gradient = self.module.get_parameter(name).grad
-        return gradient is not None and bool(gradient.any())
+        return gradient is not None and bool(dense(gradient).any())
 
     def _moved(self, name: str) -> bool:
         """Tell whether a parameter is not as it was when it was last looked at."""
@@ -848,7 +861,7 @@ class Watch:
             dirty=tuple(
                 name
                 for name, p in self.module.named_parameters()
-                if p.grad is not None and bool(p.grad.any())
+                if p.grad is not None and bool(dense(p.grad).any())
             ),
             rules=[rule for _, rule in early],
             mode=all(call.training for call in calls),
@@ -892,9 +905,10 @@ class Watch:
         for name, parameter in self.module.named_parameters():
             if parameter.grad is None:
                 continue
+            gradient = dense(parameter.grad.detach())
             known = handed.get(name) if handed is not None else None
-            equal = known is not None and same(parameter.grad, known)
-            found[name] = known if equal and known is not None else parameter.grad.detach().clone()
+            equal = known is not None and same(gradient, known)
+            found[name] = known if equal and known is not None else gradient.clone()
         return found
 
     # Update ---------------------------------------------------------------------------------
@@ -1093,6 +1107,7 @@ class Watch:
             if self.keeps_first and not self.closed:
                 self.first = chunk
             self.closed.append(chunk.slim())
+            self.ended = live.batch, len(live.calls), last.call
             self.watched += 1
             self.trained.add((live.batch, live.calls[0].snapshot.trainable))
             del live, last
@@ -1115,6 +1130,23 @@ class Watch:
         if _alive(due):
             self.outlived.extend(label for label, _ in _alive(due))
         self.graphs = self.graphs[len(due) :]
+
+    def _is_reworked(self, live: _LiveChunk) -> bool:
+        """Tell whether the loop makes another state of what forward returns, at every time step.
+
+        Where a chunk is a single time step, all that shows is that it does so between chunks.
+        """
+        calls = [call.call for call in live.calls]
+        if len(calls) > 1:
+            return any(
+                call.attached and not alike(before.state_after, call.state)
+                for before, call in pairwise(calls)
+            )
+        batch, count, before = self.ended or (-1, 0, calls[0])
+        places = live.calls[0].places
+        by_step = places is not None and places.dim() == 2  # (sequences, their places)
+        follows = batch == live.batch and count == 1 and bool(leaves(calls[0].state))
+        return by_step and follows and not alike(before.state_after, calls[0].state)
 
     def _chunk(self, live: _LiveChunk) -> Chunk:
         first = live.calls[0]
@@ -1180,6 +1212,7 @@ class Watch:
             uncut=_uncut(live.calls, due),
             runs=_runs(live.calls),
             lanes=lanes_of(places),
+            reworked=self._is_reworked(live),
             moved=_has_moved(live.rules),
             index=live.index,
             adds_up=self.subject.contract.adds_up,
@@ -1245,8 +1278,9 @@ class Watch:
 
 
 def _only_layer(module: nn.Module) -> str | None:
-    """Name the module's one recurrent layer of torch's, if it has just one."""
-    layers = [name for name, m in module.named_modules() if isinstance(m, nn.RNNBase) and name]
+    """Name the module's one recurrent layer or cell of torch's, if it has just one."""
+    kinds = (nn.RNNBase, nn.RNNCellBase)
+    layers = [name for name, m in module.named_modules() if isinstance(m, kinds) and name]
     return layers[0] if len(layers) == 1 else None
 
 

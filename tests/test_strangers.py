@@ -5,7 +5,7 @@ They are told of as shortly as may be, and judged as their authors would have th
 
 import pytest
 import torch
-from gallery.strangers import RIGHT, Build
+from gallery.strangers import RIGHT, WRONG, Build
 
 import tbptt_props as tb
 
@@ -45,3 +45,12 @@ def test_a_right_loop_breaks_nothing_and_is_judged(name: str) -> None:
 
     assert broken == set()
     assert ALL - held - {RANDOM} == unjudged
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_loop_breaks_the_right_property(name: str) -> None:
+    build, due = WRONG[name]
+
+    broken, _ = judged(build)
+
+    assert due in broken

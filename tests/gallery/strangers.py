@@ -327,6 +327,220 @@ class Metered(Loop):
         self.metric.total += 1
 
 
+class CellInTheLoop(Loop):
+    """There is no forward: the loop calls a cell once a time step."""
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.core = nn.LSTMCell(case.inputs, case.hidden)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        steps = [*zip(*(part.unbind(1) for part in batch), strict=True)]
+        state, losses = None, []
+        for t, (x, y) in enumerate(steps, start=1):
+            state = self.core(x, state)
+            losses.append(F.mse_loss(self.readout(state[0]), y))
+            if t % self.k == 0 or t == len(steps):
+                opt.zero_grad()
+                self.manual_backward(torch.stack(losses).mean())
+                opt.step()
+                state, losses = self.cut(state), []
+
+    def cut(self, state: Any) -> Any:
+        return tuple(part.detach() for part in state)
+
+
+class CellResets(CellInTheLoop):
+    """The cell's state is set back with each chunk."""
+
+    def cut(self, state: Any) -> Any:
+        return tuple(map(torch.zeros_like, state))
+
+
+class CellKeepsItsMemory(CellInTheLoop):
+    """Of the cell's state the output is detached, and the memory is not."""
+
+    def cut(self, state: Any) -> Any:
+        return state[0].detach(), state[1]
+
+
+class CutsInForward(Loop):
+    """Forward is handed whole sequences and detaches the state after every K time steps."""
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        predictions = []
+        for piece in torch.split(x, self.k, dim=1):
+            prediction, state = super().forward(piece, self.between(state))
+            predictions.append(prediction)
+        return torch.cat(predictions, dim=1), state
+
+    def between(self, state: Any) -> Any:
+        return None if state is None else state.detach()
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        self.train_on(x, y, None)
+
+
+class CutsNowhere(CutsInForward):
+    """Forward has pieces, but hands the state on with its graph."""
+
+    def between(self, state: Any) -> Any:
+        return state
+
+
+class ReturnsAllStates(Loop):
+    """Forward returns the state after each time step; the loop takes the last one."""
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        features, _ = self.core(x, state)
+        return self.readout(features), features
+
+    def cut(self, state: Any) -> Any:
+        return state[:, -1].unsqueeze(0).detach()
+
+
+class ReturnsAllTakesFirst(ReturnsAllStates):
+    """The loop takes the state after the first time step."""
+
+    def cut(self, state: Any) -> Any:
+        return state[:, 0].unsqueeze(0).detach()
+
+
+class SparseGradients(Loop):
+    """An embedding has sparse gradients, and an optimizer for such."""
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.embed = nn.Embedding(9, case.hidden, sparse=True)
+        self.core = nn.GRU(case.hidden, case.hidden, batch_first=True)
+        self.readout = nn.Linear(case.hidden, 9)
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        prediction, state = super().forward(self.embed(x), state)
+        return prediction.transpose(1, 2), state
+
+    def loss(self, prediction: Any, target: Tensor) -> Tensor:
+        return F.cross_entropy(prediction, target)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        super().training_step((batch[:, :-1], batch[:, 1:]), batch_idx)
+
+    def train_on(self, x: Tensor, y: Tensor, state: Any) -> Any:
+        optimizers: Any = self.optimizers()
+        prediction, state = self(x, state)
+        for opt in optimizers:
+            opt.zero_grad()
+        self.manual_backward(self.loss(prediction, y))
+        for opt in optimizers:
+            opt.step()
+        return state.detach()
+
+    def configure_optimizers(self) -> Any:
+        rest = [*self.core.parameters(), *self.readout.parameters()]
+        return optim.SparseAdam(list(self.embed.parameters())), optim.Adam(rest)
+
+
+def tokens(case: tb.Case) -> list[Any]:
+    generator = torch.Generator().manual_seed(case.seed)
+    return [torch.randint(9, (b, t + 1), generator=generator) for b, t in case.sizes()]
+
+
+# What is wrong: one mistake each.
+
+
+class OneHeadForgotten(MeanAndVariance):
+    """The loss leaves one of the heads out."""
+
+    def loss(self, prediction: Any, target: Tensor) -> Tensor:
+        return unlikelihood((prediction[0], torch.zeros_like(prediction[1])), target)
+
+
+class HeadsAttached(MeanAndVariance):
+    """Two heads, and the state keeps its graph."""
+
+    def cut(self, state: Any) -> Any:
+        return state
+
+
+class BothHeadsCutOff(ActorAndCritic):
+    """Both heads are on detached features."""
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        features, state = self.core(x, state)
+        features = features.detach()
+        value = self.critic(features).squeeze(-1)
+        return {"action": self.readout(features), "value": value}, state
+
+
+class RecursionAttached(CallsItself):
+    """The recursion hands the state on with its graph."""
+
+    def go_on(self, chunks: list[Any], state: Any) -> None:
+        if chunks:
+            opt: Any = self.optimizers()
+            prediction, state = self(chunks[0][0], state)
+            opt.zero_grad()
+            self.manual_backward(self.loss(prediction, chunks[0][1]), retain_graph=True)
+            opt.step()
+            self.go_on(chunks[1:], state)
+
+
+class LossesKeptByRecursion(CallsItself):
+    """The recursion leaves its losses in a list."""
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.kept: list[Tensor] = []
+
+    def loss(self, prediction: Any, target: Tensor) -> Tensor:
+        self.kept.append(F.mse_loss(prediction, target))
+        return self.kept[-1]
+
+
+class JudgeNotCleared(Adversarial):
+    """The discriminator's gradients are never cleared."""
+
+    def train_on(self, x: Tensor, y: Tensor, state: Any) -> Any:
+        optimizers: Any = self.optimizers()
+        makes, judges = optimizers
+        made, state = self(x, state)
+        makes.zero_grad()
+        self.manual_backward(F.softplus(-self.judge(made)).mean())
+        makes.step()
+        self.manual_backward((self.judge(made.detach()) - self.judge(y)).mean())
+        judges.step()
+        return state.detach()
+
+
+class ClipsToAnother(ClipsByHand):
+    """Gradients are shrunk to half the norm that was promised."""
+
+    def before_the_update(self, opt: Any) -> None:
+        super().before_the_update(opt)
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(0.5)
+
+
+class NoisyStateDropped(NoiseOnTheState):
+    """The state is not handed on."""
+
+    def cut(self, state: Any) -> Any:
+        return None
+
+
+def shifted(ids: Tensor) -> tuple[Tensor, Tensor]:
+    return ids[:, :-1], ids[:, 1:]
+
+
+OF_A_LOSS = {
+    "gradients_span_the_whole_chunk",
+    "loss_is_the_chunks_own",
+    "one_chunk_is_one_ordinary_update",
+}
+
 # Each with what may be not judged of it on any case, besides what needs random numbers.
 RIGHT: dict[str, tuple[Build, set[str]]] = {
     "noise_on_the_state": (told(NoiseOnTheState), {"state_sums_up_the_chunk"}),
@@ -365,14 +579,49 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
     "own_schedule": (told(OwnSchedule), set()),
     "adversarial": (
         told(Adversarial, loss=None),
-        {
-            "gradients_span_the_whole_chunk",
-            "loss_is_the_chunks_own",
-            "one_chunk_is_one_ordinary_update",
-        },
+        OF_A_LOSS,
     ),
     "takes_turns": (told(TakesTurns), {"a_run_can_be_resumed_at_any_boundary"}),
     "calls_itself": (told(CallsItself), set()),
     "checkpointed": (told(Checkpointed), {"gradients_span_the_whole_chunk"}),
     "metered": (told(Metered), set()),
+    "cell_in_the_loop": (told(CellInTheLoop), {*OF_A_LOSS, "state_sums_up_the_chunk"}),
+    "cuts_in_forward": (
+        told(CutsInForward, contract=tb.Contract(update="batch")),
+        {"a_run_can_be_resumed_at_any_boundary", "state_crosses_every_boundary"},
+    ),
+    "returns_all_states": (told(ReturnsAllStates), {"state_sums_up_the_chunk"}),
+    "sparse_gradients": (
+        told(SparseGradients, loss=F.cross_entropy, batches=tokens, parts=shifted),
+        {
+            "one_chunk_is_one_ordinary_update",
+            "state_sums_up_the_chunk",
+            "the_update_follows_the_optimizers_rule",
+        },
+    ),
+}
+
+# Each with the property that says it best; others may be broken by the same mistake.
+WRONG: dict[str, tuple[Build, str]] = {
+    "cell_resets": (told(CellResets), "state_crosses_every_boundary"),
+    "cell_keeps_its_memory": (told(CellKeepsItsMemory), "graph_crosses_no_boundary"),
+    "cuts_nowhere": (
+        told(CutsNowhere, contract=tb.Contract(update="batch")),
+        "chunks_tile_the_sequence",
+    ),
+    "returns_all_takes_first": (told(ReturnsAllTakesFirst), "state_crosses_every_boundary"),
+    "one_head_forgotten": (told(OneHeadForgotten, loss=unlikelihood), "loss_is_the_chunks_own"),
+    "heads_attached": (told(HeadsAttached, loss=unlikelihood), "graph_crosses_no_boundary"),
+    "both_heads_cut_off": (
+        told(BothHeadsCutOff, loss=of_actor_and_critic),
+        "gradients_span_the_whole_chunk",
+    ),
+    "recursion_attached": (told(RecursionAttached), "graph_crosses_no_boundary"),
+    "losses_kept_by_recursion": (told(LossesKeptByRecursion), "no_graph_outlives_its_chunk"),
+    "judge_not_cleared": (told(JudgeNotCleared, loss=None), "events_come_in_a_legal_order"),
+    "clips_to_another": (
+        told(ClipsToAnother, contract=tb.Contract(clip_norm=0.1)),
+        "gradients_are_the_chunks_own",
+    ),
+    "noisy_state_dropped": (told(NoisyStateDropped), "state_crosses_every_boundary"),
 }
