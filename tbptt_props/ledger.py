@@ -44,11 +44,13 @@ class Tally:
     statuses: dict[str, str] = field(default_factory=dict)  # by property
     chunks: dict[str, int] = field(default_factory=dict)  # in a batch, at most, by case
     seconds: float = 0.0
+    told: dict[str, dict[str, Any]] = field(default_factory=dict)  # a verdict as data, by property
 
     def add(self, other: Tally) -> None:
         """Take in what came of other items of the same test."""
         self.statuses |= other.statuses
         self.chunks |= other.chunks
+        self.told |= other.told
         self.seconds += other.seconds
 
 

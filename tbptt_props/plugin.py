@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tbptt_props.case import case_of
 from tbptt_props.colour import coloured
 from tbptt_props.kept import all_kept
 from tbptt_props.ledger import NOTED, PREFIX, Ledger
@@ -24,6 +25,7 @@ from tbptt_props.options import ASKED, KEPT, NAMES, PROFILES, asked
 WIDTH = 100
 HANDED_OVER = "tbptt_props"  # the key, in what a worker of xdist hands over when it is done
 WHOLE = ("long", "native")  # styles of a traceback in which somebody wants to see all of it
+PAGE = "index.html"
 MARKUP: dict[str, dict[str, bool]] = {
     "broken": {"red": True, "bold": True},
     "label": {"bold": True},
@@ -176,3 +178,20 @@ def pytest_terminal_summary(
         terminalreporter.section("tbptt-props")
     for line in lines:
         terminalreporter.line(line)
+    folder = config.stash[ASKED].report
+    if lines and folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / PAGE).write_text(_page(config.stash[NOTED]), encoding="utf-8")
+        terminalreporter.line(f"report: {folder / PAGE}")
+
+
+def _page(ledger: Ledger) -> str:
+    """Make a page of all that was found in a session."""
+    from tbptt_props.page import as_html
+    from tbptt_props.report import data_of
+
+    reports = [
+        data_of(test, list(tally.told.values()), [case_of(text) for text in tally.chunks])
+        for test, tally in sorted(ledger.tests.items())
+    ]
+    return as_html(reports, title="tbptt-props: what was found in this session")

@@ -55,7 +55,7 @@ class Verdict:
             return "broken"
         return "holds" if self.judged else "not judged"
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self, replay: str = "") -> dict[str, Any]:
         """Return it as plain data; docs/json.md says what is in it."""
         return {
             "name": self.name,
@@ -68,7 +68,11 @@ class Verdict:
             "causes": [record.of_cause(cause) for cause in self.causes],
             "broken_on_purpose_by": None if self.proved_by is None else list(self.proved_by),
             "chunks": [record.of_scene(scene) for scene in self.story],
+            "replay": replay if self.case else "",
         }
+
+
+Replay = Callable[[Verdict], str]
 
 
 @dataclass(frozen=True)
@@ -121,20 +125,14 @@ class Report:
         """Say it to a person: one line per property, then each failure."""
         return as_text(self)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return it as plain data, which `json` can write; docs/json.md says what is in it."""
-        return {
-            "schema": record.SCHEMA,
-            "subject": self.subject,
-            "status": self.status,
-            "versions": record.versions(),
-            "cases": {
-                "tried": self.examples,
-                "sizes": record.of_cases(self.cases),
-                "kinds": coverage(self.cases),
-            },
-            "properties": [verdict.as_dict() for verdict in self.verdicts],
-        }
+    def as_dict(self, *, replay: Replay = lambda verdict: "") -> dict[str, Any]:
+        """Return it as plain data, which `json` can write; docs/json.md says what is in it.
+
+        Args:
+            replay: returns the command that judges a broken verdict's case again, if there is one.
+        """
+        told = [verdict.as_dict(replay(verdict)) for verdict in self.verdicts]
+        return data_of(self.subject, told, self.cases)
 
     @property
     def status(self) -> str:
@@ -176,7 +174,26 @@ class Report:
             raise ObservationError(f"nothing could be judged: {'; '.join(reasons)}")
 
 
-def as_text(report: Report, *, replay: Callable[[Verdict], str] = lambda verdict: "") -> str:
+def data_of(
+    subject: str, verdicts: Sequence[dict[str, Any]], tried: Sequence[Case]
+) -> dict[str, Any]:
+    """Return a report as plain data, of verdicts that are that already."""
+    found = {verdict["status"] for verdict in verdicts}
+    return {
+        "schema": record.SCHEMA,
+        "subject": subject,
+        "status": next((s for s in ("broken", "holds") if s in found), "not judged"),
+        "versions": record.versions(),
+        "cases": {
+            "tried": len(tried),
+            "sizes": record.of_cases(tried),
+            "kinds": coverage(tried),
+        },
+        "properties": list(verdicts),
+    }
+
+
+def as_text(report: Report, *, replay: Replay = lambda verdict: "") -> str:
     """Return one line per property, then each failure, then a summary.
 
     Args:

@@ -10,7 +10,7 @@ import shlex
 import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -133,6 +133,7 @@ class _Found:
 
     def __init__(self, judged: Property, replay: Callable[[Case], str]) -> None:
         self.name = judged.__name__
+        self.claim = (judged.__doc__ or "").splitlines()[0]
         self.replay = replay
         self.judged: set[Case] = set()
         self.missing = ""
@@ -163,6 +164,12 @@ class _Found:
             smallest=repr(self.broken.case),
             cause="".join(causes),
         )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as a report has it."""
+        found = self.broken or Verdict(self.name, self.claim, missing=self.missing)
+        verdict = replace(found, judged=len(self.judged), proved_by=self.proved_by)
+        return verdict.as_dict(self.replay(found.case) if found.case else "")
 
 
 class _Test:
@@ -356,6 +363,8 @@ def _note(request: pytest.FixtureRequest, test: _Test, seconds: float) -> None:
             for case, chunks in bench.chunks.items()
         }
         tally = Tally({finding.name: finding.status}, chunks, seconds)
+        if request.config.stash[ASKED].report is not None:
+            tally.told[finding.name] = test.found.as_dict()
         request.config.stash[NOTED].add(_label(request.node, finding.name), tally)
 
 
