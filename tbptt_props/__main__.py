@@ -18,6 +18,7 @@ from typing import Any
 
 from tbptt_props.case import SIZES, Case
 from tbptt_props.colour import ansi, coloured, is_wanted
+from tbptt_props.editions import edition_in
 from tbptt_props.kept import all_kept, cases_of, keep, kept_in
 
 HOLDS, BROKEN, MISUSED = 0, 1, 2
@@ -56,6 +57,11 @@ def _parser() -> argparse.ArgumentParser:
         "--sensitivity",
         action="store_true",
         help="break the loop on purpose, in memory, and tell which properties could have failed",
+    )
+    check.add_argument(
+        "--edition",
+        metavar="NAME",
+        help="properties that came later fail nothing yet; by default as pyproject.toml here says",
     )
     check.add_argument("--json", metavar="FILE", type=Path, help="write all that was found there")
     check.add_argument("--html", metavar="FILE", type=Path, help="write a page for a browser there")
@@ -116,6 +122,7 @@ def _check(options: argparse.Namespace) -> int:
             on_case=progress.show,
             sensitivity=options.sensitivity,
             first=_kept_for(options.subject, options.keep),
+            edition=options.edition or edition_in(Path.cwd()),
             **fixed,
         )
     except (ObservationError, ValueError, TypeError) as error:

@@ -18,6 +18,7 @@ import pytest
 
 from tbptt_props.case import case_of
 from tbptt_props.colour import coloured
+from tbptt_props.editions import EDITIONS, FIRST, SINCE
 from tbptt_props.kept import all_kept
 from tbptt_props.ledger import NOTED, PREFIX, Ledger
 from tbptt_props.options import ASKED, KEPT, NAMES, PROFILES, asked
@@ -61,6 +62,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help=f"how many cases to try where a test doesn't say it: {', '.join(PROFILES)}",
     )
     group.addoption(
+        "--tbptt-edition",
+        metavar="NAME",
+        help="properties that came later than this edition fail nothing yet: "
+        f"{', '.join(EDITIONS)}",
+    )
+    group.addoption(
         "--tbptt-report",
         metavar="DIR",
         help="keep the smallest cases that break a property there, and try those kept there first",
@@ -78,7 +85,8 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     from tbptt_props.properties import PROPERTIES
 
     for judged in PROPERTIES:
-        print(judged.__name__)
+        since = SINCE.get(judged.__name__, FIRST)
+        print(f"{judged.__name__}{'' if since == FIRST else f' (edition {since})'}")
         claim = (judged.__doc__ or "").splitlines()[0]
         print(textwrap.fill(claim, WIDTH, initial_indent="  ", subsequent_indent="  "))
     return 0

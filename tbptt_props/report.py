@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tbptt_props import record
 from tbptt_props.case import Case
+from tbptt_props.editions import preview_of
 from tbptt_props.kept import Kept
 from tbptt_props.story import Scene, reach_map
 from tbptt_props.strategies import coverage
@@ -47,12 +48,13 @@ class Verdict:
     proved_by: tuple[str, ...] | None = None  # mistakes put in on purpose that broke it, if tried
     causes: tuple[Cause, ...] = ()  # the mistakes that would break it so; several where all fit
     story: tuple[Scene, ...] = field(default=(), repr=False)  # of the case, if it is broken
+    preview: str = ""  # the edition from which on it counts, if a later one was asked for
 
     @property
     def status(self) -> str:
-        """One of `broken`, `holds` and `not judged`."""
+        """One of `broken`, `holds` and `not judged`; or `preview`: broken, but not counted yet."""
         if self.violations:
-            return "broken"
+            return "preview" if self.preview else "broken"
         return "holds" if self.judged else "not judged"
 
     def as_dict(self, replay: str = "") -> dict[str, Any]:
@@ -61,6 +63,7 @@ class Verdict:
             "name": self.name,
             "claim": self.claim,
             "status": self.status,
+            "preview": self.preview,
             "cases": self.judged,
             "needs": self.missing if self.status == "not judged" else "",
             "smallest_case": record.of_case(self.case),
@@ -99,6 +102,20 @@ class Report:
     def not_judged(self) -> tuple[Verdict, ...]:
         """The properties of which nothing can be said, each with what is missing."""
         return self._of("not judged")
+
+    @property
+    def previews(self) -> tuple[Verdict, ...]:
+        """The properties that are broken, but came with a later edition than is asked for."""
+        return self._of("preview")
+
+    def of_edition(self, edition: str) -> Report:
+        """Return the report as it is in an edition: what came later fails nothing.
+
+        Raises:
+            ValueError: there is no such edition.
+        """
+        verdicts = (replace(v, preview=preview_of(v.name, edition)) for v in self.verdicts)
+        return replace(self, verdicts=tuple(verdicts))
 
     @property
     def vacuous(self) -> tuple[Verdict, ...]:
@@ -169,7 +186,7 @@ class Report:
         """
         if self.broken:
             raise BrokenProperty("\n\n".join(failure_text(self, v) for v in self.broken))
-        if not self.holds:
+        if not self.holds and not self.previews:
             reasons = sorted({verdict.missing for verdict in self.not_judged})
             raise ObservationError(f"nothing could be judged: {'; '.join(reasons)}")
 
@@ -209,8 +226,8 @@ def as_text(report: Report, *, replay: Replay = lambda verdict: "") -> str:
 
 def line_of(verdict: Verdict) -> str:
     """Return the verdict on one property in one line; what there is to add may stand below."""
-    mark = {"holds": "holds     ", "broken": "BROKEN    ", "not judged": "not judged"}
-    line = f"  {mark[verdict.status]}  {verdict.name}"
+    mark = "BROKEN" if verdict.status == "broken" else verdict.status
+    line = f"  {mark:<10}  {verdict.name}"
     need = _need_of(verdict)
     if not need:
         return line
@@ -222,6 +239,8 @@ def line_of(verdict: Verdict) -> str:
 def _need_of(verdict: Verdict) -> str:
     if verdict.status == "not judged":
         return _one_line(f"needs {verdict.missing}")
+    if verdict.status == "preview":
+        return f"broken on {verdict.case}; counts from edition {verdict.preview} on"
     if verdict.status != "holds" or verdict.proved_by is None:
         return ""
     if not verdict.proved_by:
@@ -233,9 +252,10 @@ def _need_of(verdict: Verdict) -> str:
 def summary(report: Report) -> str:
     """Return how many properties hold, are broken and were not judged."""
     vacuous = f" ({len(report.vacuous)} vacuously)" if report.vacuous else ""
+    previews = f", {len(report.previews)} previewed" if report.previews else ""
     return (
         f"{len(report.holds)} hold{vacuous}, {len(report.broken)} broken, "
-        f"{len(report.not_judged)} not judged"
+        f"{len(report.not_judged)} not judged{previews}"
     )
 
 

@@ -19,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 
 from tbptt_props.case import Case
+from tbptt_props.editions import preview_of
 from tbptt_props.judge import Bench, Property
 from tbptt_props.kept import Kept, cases_of, keep
 from tbptt_props.ledger import NOTED, PREFIX, Finding, Tally
@@ -139,6 +140,7 @@ class _Found:
         self.missing = ""
         self.broken: Verdict | None = None
         self.known = False
+        self.preview = ""  # the edition from which on it counts, where it is broken before that
         self.proved_by: tuple[str, ...] | None = None
 
     def add(self, case: Case, verdict: Verdict) -> None:
@@ -159,7 +161,7 @@ class _Found:
         causes = [cause.sentence for cause in self.broken.causes[:1]]
         return Finding(
             self.name,
-            "known" if self.known else "broken",
+            "known" if self.known else "preview" if self.preview else "broken",
             len(self.judged),
             smallest=repr(self.broken.case),
             cause="".join(causes),
@@ -168,7 +170,9 @@ class _Found:
     def as_dict(self) -> dict[str, Any]:
         """Return it as a report has it."""
         found = self.broken or Verdict(self.name, self.claim, missing=self.missing)
-        verdict = replace(found, judged=len(self.judged), proved_by=self.proved_by)
+        verdict = replace(
+            found, judged=len(self.judged), proved_by=self.proved_by, preview=self.preview
+        )
         return verdict.as_dict(self.replay(found.case) if found.case else "")
 
 
@@ -233,6 +237,8 @@ class _Test:
             self._alone(options.case)(*args, **kwargs)
         elif what is not None:
             self._as_known(what, self._alone(what.case), *args, **kwargs)
+        elif since := preview_of(self.found.name, options.edition):
+            self._as_preview(since, self._searching(options, kept), *args, **kwargs)
         else:
             self._searching(options, kept)(*args, **kwargs)
 
@@ -272,6 +278,15 @@ class _Test:
             f"{self.found.name} is no longer broken on {what.case}: remove it from expect "
             f"(it was known as: {what})"
         )
+
+    def _as_preview(self, since: str, test: Any, *args: Any, **kwargs: Any) -> None:
+        """Let the item fail without harm: its property counts from a later edition on."""
+        __tracebackhide__ = True
+        try:
+            test(*args, **kwargs)
+        except BrokenProperty as error:
+            self.found.preview = since
+            pytest.xfail(f'a preview: counts once edition = "{since}" is asked for{error}')
 
     def prove(self, *owner: Any, judged: Property, **fixtures: Any) -> None:
         """Note what breaks the item's property, where it holds, if the loop is broken."""
@@ -343,7 +358,8 @@ def _kept_for(request: pytest.FixtureRequest) -> list[Case]:
 
 def _keep(request: pytest.FixtureRequest, found: _Found, options: Options) -> None:
     """Keep the smallest case on which a property was found broken, unless that was known."""
-    if options.report is None or found.broken is None or found.known or options.case is not None:
+    broken = found.broken is not None and not found.known and not found.preview
+    if options.report is None or found.broken is None or not broken or options.case is not None:
         return
     path = os.path.relpath(request.node.path, request.config.rootpath)
     build = f"{Path(path).as_posix()}:{request.node.originalname}" if not request.node.cls else ""
