@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hypothesis import HealthCheck, Phase, find, given, seed, settings
@@ -22,12 +22,11 @@ from tbptt_props.editions import FIRST, known
 from tbptt_props.evidence import Looking
 from tbptt_props.observation import Fresh, batches_of, made_ready, observing, rewired, run
 from tbptt_props.properties import (
-    OF_LINKS,
-    OF_RUNS,
     PROPERTIES,
     LinkProperty,
     RunProperty,
     chunks_tile_the_sequence,
+    is_of_links,
     line_of,
 )
 from tbptt_props.rederivation import rederive, steps_reached
@@ -102,8 +101,8 @@ def _halted_by_its_dtype(report: Report) -> bool:
 def _judge(
     fresh: Fresh, case: Case, properties: Sequence[Property], name: str, dtype: torch.dtype
 ) -> Report:
-    of_links = [p for p in OF_LINKS if p in properties]
-    of_runs = [p for p in OF_RUNS if p in properties]
+    of_links = [cast(LinkProperty, p) for p in properties if is_of_links(p)]
+    of_runs = [cast(RunProperty, p) for p in properties if not is_of_links(p)]
     judged = {p.__name__: _Findings() for p in properties}
     with observing(case, dtype):
         twin = made_ready(fresh)

@@ -73,6 +73,7 @@ def conformance(
     *,
     max_examples: int | None = None,
     expect: Mapping[str, Known] | None = None,
+    properties: Sequence[Property] = PROPERTIES,
     **fixed: int,
 ) -> Callable[[Callable[..., Subject]], Any]:
     """Turn `def test_x(case): return Subject(...)` into one pytest item per property.
@@ -84,6 +85,7 @@ def conformance(
         max_examples: how many cases to try; by default what `--tbptt-profile` or Hypothesis'
             settings say.
         expect: what is `known()` to be broken, by the property's name.
+        properties: which to judge, your own among them.
         fixed: sizes of a case that the subject can't vary, by name: `conformance(chunk=35)`.
 
     Raises:
@@ -96,23 +98,24 @@ def conformance(
         raise ValueError(f"max_examples must be at least 1, got max_examples={max_examples}")
     strategy = cases(**fixed)
     expected = dict(expect or {})
-    _require_known(expected, fixed)
+    _require_known(expected, fixed, [p.__name__ for p in properties])
 
     def decorate(build: Callable[..., Subject]) -> Any:
         name = getattr(build, "__name__", repr(build))
         if "case" not in inspect.signature(build).parameters:
             raise TypeError(f"{name} must take an argument named case, the Case to build for")
-        test = _Test(build, strategy, max_examples, fixed, expected)
-        by_name = {p.__name__: p for p in PROPERTIES}
+        test = _Test(build, strategy, max_examples, fixed, expected, properties)
+        by_name = {p.__name__: p for p in properties}
         mark = pytest.mark.parametrize("judged", by_name.values(), ids=by_name)
         return mark(_item_of(test))
 
     return decorate
 
 
-def _require_known(expected: Mapping[str, Known], fixed: Mapping[str, int]) -> None:
+def _require_known(
+    expected: Mapping[str, Known], fixed: Mapping[str, int], names: Sequence[str]
+) -> None:
     """Refuse what can't be expected to be broken."""
-    names = [p.__name__ for p in PROPERTIES]
     for name, what in expected.items():
         if name not in names:
             raise ValueError(f"expect: {unknown('property', name, names)}")
@@ -186,8 +189,10 @@ class _Test:
         max_examples: int | None,
         fixed: Mapping[str, int],
         expected: Mapping[str, Known],
+        properties: Sequence[Property],
     ) -> None:
         self.build = build
+        self.properties = properties
         self.name = getattr(build, "__name__", "test")
         self.strategy = strategy
         self.max_examples = max_examples
@@ -222,7 +227,9 @@ class _Test:
         if key not in self.benches:
             self.benches.clear()
             self.benches[key] = Bench(
-                lambda case: self.build(*owner, case=case, **fixtures), name=self.name
+                lambda case: self.build(*owner, case=case, **fixtures),
+                self.properties,
+                name=self.name,
             )
         return self.benches[key]
 
