@@ -18,6 +18,7 @@ from tbptt_props.subject import ObservationError
 from tbptt_props.trace import Cause, Trace, Violation, counted
 
 MOST_VIOLATIONS = 4  # the first says it; the rest are the same in other words
+MOST_BESIDE_A_MAP = 2  # which shows all of them
 WIDTH = 100
 MOST_CAUSES = 3
 MOST_LINES = 8  # of one violation: an error of somebody else's may be as long as it likes
@@ -279,15 +280,15 @@ def _failure_lines(report: Report, verdict: Verdict) -> Iterator[str]:
     yield f"{verdict.name}{broken:>{max(0, WIDTH - len(verdict.name))}}"
     yield from _wrapped(verdict.claim, first="  ")
     yield ""
-    for violation in verdict.violations[:MOST_VIOLATIONS]:
+    reach = reach_map(verdict.story) if verdict.name in OF_REACH else []
+    most = MOST_BESIDE_A_MAP if reach else MOST_VIOLATIONS
+    for violation in verdict.violations[:most]:
         yield from _middle_left_out(_wrapped(str(violation), first="  "))
-    more = len(verdict.violations) - MOST_VIOLATIONS
+    more = len(verdict.violations) - most
     if more > 0:
         yield f"  and {more} more of the kind"
     yield ""
-    if verdict.name in OF_REACH:
-        reach = reach_map(verdict.story)
-        yield from [*reach, ""] if reach else []
+    yield from [*reach, ""] if reach else []
     at = next((violation.line for violation in verdict.violations if violation.line), "")
     if at:
         yield _one_line(f"  at                {at}")

@@ -121,7 +121,7 @@ def _a_readers_project(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_a_readers_project")
-@pytest.mark.parametrize("name", SNIPPETS.keys() - RUN_ELSEWHERE)
+@pytest.mark.parametrize("name", sorted(SNIPPETS.keys() - RUN_ELSEWHERE))
 def test_every_snippet_runs(name: str) -> None:
     told: dict[str, Any] = {"build": build, "tb": tb, "__name__": "snippet"}
 
