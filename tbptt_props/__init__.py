@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from tbptt_props.suite import conformance as conformance
     from tbptt_props.suite import known as known
     from tbptt_props.trace import Expected as Expected
+    from tbptt_props.trace import Link as Link
+    from tbptt_props.trace import NotJudged as NotJudged
     from tbptt_props.trace import Trace as Trace
     from tbptt_props.trace import Violation as Violation
 
@@ -39,6 +41,8 @@ _HOMES = {
     "Case": "case",
     "Contract": "contract",
     "Expected": "trace",
+    "Link": "trace",
+    "NotJudged": "trace",
     "ObservationError": "subject",
     "PROPERTIES": "properties",
     "Report": "report",

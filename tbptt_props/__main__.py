@@ -10,7 +10,8 @@ import shlex
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +19,7 @@ from typing import Any
 
 from tbptt_props.case import SIZES, Case
 from tbptt_props.colour import ansi, coloured, is_wanted
+from tbptt_props.editions import edition_in
 from tbptt_props.kept import all_kept, cases_of, keep, kept_in
 
 HOLDS, BROKEN, MISUSED = 0, 1, 2
@@ -57,7 +59,13 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="break the loop on purpose, in memory, and tell which properties could have failed",
     )
+    check.add_argument(
+        "--edition",
+        metavar="NAME",
+        help="properties that came later fail nothing yet; by default as pyproject.toml here says",
+    )
     check.add_argument("--json", metavar="FILE", type=Path, help="write all that was found there")
+    check.add_argument("--html", metavar="FILE", type=Path, help="write a page for a browser there")
     check.add_argument(
         "--keep",
         metavar="DIR",
@@ -111,9 +119,9 @@ def _sizes() -> list[str]:
 
 def _check(options: argparse.Namespace) -> int:
     _require_folder("--json", options.json)
+    _require_folder("--html", options.html)
     build = _load(options.subject)
     from tbptt_props.judge import verify
-    from tbptt_props.report import as_text
     from tbptt_props.subject import ObservationError
 
     fixed = {size: value for size in _sizes() if (value := getattr(options, size)) is not None}
@@ -126,19 +134,16 @@ def _check(options: argparse.Namespace) -> int:
             on_case=progress.show,
             sensitivity=options.sensitivity,
             first=_kept_for(options.subject, options.keep),
+            edition=options.edition or edition_in(Path.cwd()),
             **fixed,
         )
     except (ObservationError, ValueError, TypeError) as error:
         progress.clear()
         raise _misused(options.subject, error) from error
     progress.clear()
-    command = f"tbptt-props replay {shlex.quote(options.subject)}"
-    _say(as_text(report, replay=lambda broken: f"{command} {shlex.quote(repr(broken.case))}"))
     report = replace(report, subject=options.subject)
-    if options.keep is not None:
-        keep(options.keep, report.kept())
-    if options.json is not None:
-        _write(options.json, f"{json.dumps(report.as_dict(), indent=2, ensure_ascii=False)}\n")
+    command = f"tbptt-props replay {shlex.quote(options.subject)}"
+    _hand_out(report, options, lambda broken: f"{command} {shlex.quote(repr(broken.case))}")
     if report.status == "not judged":
         raise Misused(f"{options.subject}: nothing could be judged")
     return BROKEN if report.broken else HOLDS
@@ -190,6 +195,22 @@ def _beside_tests(name: str) -> Path:
     return tests / name if tests.is_dir() else Path(name)
 
 
+def _hand_out(report: Any, options: argparse.Namespace, replay: Callable[[Any], str]) -> None:
+    """Write what was found to wherever it was asked for, and say it."""
+    from tbptt_props.page import as_html
+    from tbptt_props.report import as_text
+
+    data = report.as_dict(replay=replay)
+    if options.keep is not None:
+        with _writing(options.keep):
+            keep(options.keep, report.kept())
+    if options.json is not None:
+        _write(options.json, f"{json.dumps(data, indent=2, ensure_ascii=False)}\n")
+    if options.html is not None:
+        _write(options.html, as_html([data], title=f"tbptt-props: {report.subject}"))
+    _say(as_text(report, replay=replay))
+
+
 def _kept_for(subject: str, folder: Path | None) -> list[Case]:
     return [] if folder is None else cases_of(all_kept(folder), subject)
 
@@ -201,10 +222,16 @@ def _require_folder(option: str, file: Path | None) -> None:
 
 
 def _write(file: Path, text: str) -> None:
-    try:
+    with _writing(file):
         file.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise Misused(f"{file} can't be written ({error})") from error
+        raise Misused(f"{path} can't be written ({error})") from error
 
 
 def _say(text: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hypothesis import HealthCheck, Phase, find, given, seed, settings
@@ -19,16 +19,16 @@ from tbptt_props.case import SIZES, Case
 from tbptt_props.causes import causes_of, likeliest
 from tbptt_props.compare import rounded_to
 from tbptt_props.contract import Contract
+from tbptt_props.editions import FIRST, known
 from tbptt_props.evidence import Looking
 from tbptt_props.observation import Fresh, batches_of, made_ready, observing, rewired, run
 from tbptt_props.precision import dtype_of, rounding
 from tbptt_props.properties import (
-    OF_LINKS,
-    OF_RUNS,
     PROPERTIES,
     LinkProperty,
     RunProperty,
     chunks_tile_the_sequence,
+    is_of_links,
     line_of,
 )
 from tbptt_props.rederivation import rederive, steps_reached
@@ -45,16 +45,31 @@ TELLING = 6  # cases, at most, on which a loop is broken on purpose
 TRIES = 50  # trainings to make a case smaller by hand, beyond Hypothesis' own
 
 
-def check(subject: Subject, case: Case, *, properties: Sequence[Property] = PROPERTIES) -> Report:
+def check(
+    subject: Subject,
+    case: Case,
+    *,
+    properties: Sequence[Property] = PROPERTIES,
+    edition: str = FIRST,
+) -> Report:
     """Train copies of `subject` on `case` and judge every property.
+
+    Args:
+        subject: what is judged.
+        case: what it is trained on.
+        properties: which to judge.
+        edition: properties that came later are previews, which fail nothing.
 
     Raises:
         ObservationError: the subject cannot be described; the message says what is needed.
         TypeError: `subject` is no Subject, `case` no Case, or the batches are no list.
-        ValueError: the batches are empty, of an impossible shape, or not finite.
+        ValueError: the batches are empty, of an impossible shape, or not finite; or there is no
+            such edition.
     """
     require(subject, case)
-    return judge(subject.copied, case, properties, name=type(subject.module).__name__)
+    known(edition)
+    report = judge(subject.copied, case, properties, name=type(subject.module).__name__)
+    return report.of_edition(edition)
 
 
 def judge(
@@ -99,8 +114,8 @@ def _halted_by_its_dtype(report: Report) -> bool:
 def _judge(
     fresh: Fresh, case: Case, properties: Sequence[Property], name: str, dtype: torch.dtype
 ) -> Report:
-    of_links = [p for p in OF_LINKS if p in properties]
-    of_runs = [p for p in OF_RUNS if p in properties]
+    of_links = [cast(LinkProperty, p) for p in properties if is_of_links(p)]
+    of_runs = [cast(RunProperty, p) for p in properties if not is_of_links(p)]
     judged = {p.__name__: _Findings() for p in properties}
     with observing(case, dtype):
         twin = made_ready(fresh)
@@ -238,6 +253,7 @@ def verify(
     on_case: Callable[[int, Report], object] | None = None,
     sensitivity: bool = False,
     first: Sequence[Case] = (),
+    edition: str = FIRST,
     **fixed: int,
 ) -> Report:
     """Search for cases that break a property of what `build(case)` returns, and shrink them.
@@ -252,14 +268,17 @@ def verify(
             that hold can fail here at all: `Verdict.proved_by`, `Report.vacuous`.
         first: cases to try before the search, but for those that `build` assumes away or that have
             another size than is fixed.
+        edition: properties that came later are previews, which fail nothing.
         fixed: sizes of a case that the subject can't vary, by name.
 
     Raises:
         ObservationError: a subject cannot be described, or `build` hands out a module twice, or
             assumes every case away.
         TypeError: `build` can't be called, or does not return a subject.
-        ValueError: `max_examples` is below 1, or a size has no such name or value.
+        ValueError: `max_examples` is below 1, a size has no such name or value, or there is no such
+            edition.
     """
+    known(edition)
     if not callable(build):
         raise TypeError(f"build must be callable, got build={shortened(build)}")
     if max_examples < 1:
@@ -276,7 +295,7 @@ def verify(
     )
     if sensitivity:
         verdicts = bench.proved(verdicts)
-    return replace(report, verdicts=verdicts, examples=examples)
+    return replace(report, verdicts=verdicts, examples=examples).of_edition(edition)
 
 
 def _has(case: Case, fixed: Mapping[str, int]) -> bool:

@@ -18,7 +18,7 @@ class Finding:
     """What came of one item: one property of one test."""
 
     name: str
-    status: str = "not judged"  # or `holds`, `vacuous`, `broken`, `known`
+    status: str = "not judged"  # or `holds`, `vacuous`, `broken`, `known`, `preview`
     cases: int = 0  # on which it was judged
     smallest: str = ""  # the case that breaks it
     cause: str = ""  # the likeliest
@@ -44,11 +44,13 @@ class Tally:
     statuses: dict[str, str] = field(default_factory=dict)  # by property
     chunks: dict[str, int] = field(default_factory=dict)  # in a batch, at most, by case
     seconds: float = 0.0
+    told: dict[str, dict[str, Any]] = field(default_factory=dict)  # a verdict as data, by property
 
     def add(self, other: Tally) -> None:
         """Take in what came of other items of the same test."""
         self.statuses |= other.statuses
         self.chunks |= other.chunks
+        self.told |= other.told
         self.seconds += other.seconds
 
 
@@ -89,16 +91,17 @@ class Ledger:
 def _told(tally: Tally) -> str:
     of = {
         status: list(tally.statuses.values()).count(status)
-        for status in ("holds", "vacuous", "broken", "known", "not judged")
+        for status in ("holds", "vacuous", "broken", "known", "preview", "not judged")
     }
     held, broken = of["holds"] + of["vacuous"], of["broken"] + of["known"]
     vacuously = f" ({of['vacuous']} vacuously)" if of["vacuous"] else ""
     known = f" ({of['known']} known)" if of["known"] else ""
+    previews = f", {of['preview']} previewed" if of["preview"] else ""
     bounded = sum(chunks > 2 for chunks in tally.chunks.values())
     cases = f"{len(tally.chunks)} case{'' if len(tally.chunks) == 1 else 's'}"
     return (
         f"{held + broken} judged, {held} held{vacuously}, {broken} broken{known}, "
-        f"{of['not judged']} not judged; {cases}, {bounded} with 2 boundaries or more; "
+        f"{of['not judged']} not judged{previews}; {cases}, {bounded} with 2 boundaries or more; "
         f"{tally.seconds:.1f} s"
     )
 

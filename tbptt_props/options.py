@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tbptt_props.case import Case, case_of
+from tbptt_props.editions import EDITIONS, FIRST
 from tbptt_props.kept import Kept
 
 # How many cases each profile tries; "default" leaves it to Hypothesis' settings.
@@ -28,6 +29,7 @@ class Options:
         case: judge this case alone, without a search.
         profile: how many cases are tried where a test doesn't say it: one of PROFILES.
         report: the folder in which cases that break a property are kept, to be tried first.
+        edition: properties that came later are previews, which fail nothing.
     """
 
     sensitivity: bool = False
@@ -35,6 +37,7 @@ class Options:
     case: Case | None = None
     profile: str = "default"
     report: Path | None = None
+    edition: str = FIRST
 
 
 NAMES = tuple(field.name for field in fields(Options))
@@ -91,9 +94,10 @@ def _valid(name: str, value: Any, where: str) -> Any:
         if not value or Path(value).is_file():
             raise pytest.UsageError(f"{where} must be a folder, got {value!r}")
         return Path(value).absolute() if where.startswith("--") else Path(value)
-    if name == "profile":
-        if value not in PROFILES:
-            raise pytest.UsageError(f"{where}: {unknown('profile', value, PROFILES)}")
+    if name in ("profile", "edition"):
+        valid = list(PROFILES if name == "profile" else EDITIONS)
+        if value not in valid:
+            raise pytest.UsageError(f"{where}: {unknown(name, value, valid)}")
         return value
     try:
         return case_of(value)

@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 
+from tbptt_props.case import case_of
 from tbptt_props.colour import coloured
+from tbptt_props.editions import EDITIONS, FIRST, SINCE
 from tbptt_props.kept import all_kept
 from tbptt_props.ledger import NOTED, PREFIX, Ledger
 from tbptt_props.options import ASKED, KEPT, NAMES, PROFILES, asked
@@ -24,6 +26,7 @@ from tbptt_props.options import ASKED, KEPT, NAMES, PROFILES, asked
 WIDTH = 100
 HANDED_OVER = "tbptt_props"  # the key, in what a worker of xdist hands over when it is done
 WHOLE = ("long", "native")  # styles of a traceback in which somebody wants to see all of it
+PAGE = "index.html"
 MARKUP: dict[str, dict[str, bool]] = {
     "broken": {"red": True, "bold": True},
     "label": {"bold": True},
@@ -59,6 +62,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help=f"how many cases to try where a test doesn't say it: {', '.join(PROFILES)}",
     )
     group.addoption(
+        "--tbptt-edition",
+        metavar="NAME",
+        help="properties that came later than this edition fail nothing yet: "
+        f"{', '.join(EDITIONS)}",
+    )
+    group.addoption(
         "--tbptt-report",
         metavar="DIR",
         help="keep the smallest cases that break a property there, and try those kept there first",
@@ -76,7 +85,8 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     from tbptt_props.properties import PROPERTIES
 
     for judged in PROPERTIES:
-        print(judged.__name__)
+        since = SINCE.get(judged.__name__, FIRST)
+        print(f"{judged.__name__}{'' if since == FIRST else f' (edition {since})'}")
         claim = (judged.__doc__ or "").splitlines()[0]
         print(textwrap.fill(claim, WIDTH, initial_indent="  ", subsequent_indent="  "))
     return 0
@@ -176,3 +186,20 @@ def pytest_terminal_summary(
         terminalreporter.section("tbptt-props")
     for line in lines:
         terminalreporter.line(line)
+    folder = config.stash[ASKED].report
+    if lines and folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / PAGE).write_text(_page(config.stash[NOTED]), encoding="utf-8")
+        terminalreporter.line(f"report: {folder / PAGE}")
+
+
+def _page(ledger: Ledger) -> str:
+    """Make a page of all that was found in a session."""
+    from tbptt_props.page import as_html
+    from tbptt_props.report import data_of
+
+    reports = [
+        data_of(test, list(tally.told.values()), [case_of(text) for text in tally.chunks])
+        for test, tally in sorted(ledger.tests.items())
+    ]
+    return as_html(reports, title="tbptt-props: what was found in this session")

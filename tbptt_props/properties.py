@@ -7,6 +7,7 @@ why nothing could be judged. No findings on a link means that it was judged and 
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import replace
@@ -852,6 +853,18 @@ def line_of(judged: RunProperty | LinkProperty, chunk: Chunk) -> str:
     """Return the line of the user's source to look at where a chunk breaks a property, or ''."""
     line = next((chunk.lines[kind] for kind in AT.get(judged, ()) if kind in chunk.lines), None)
     return "" if line is None else shown(line)
+
+
+def is_of_links(judged: Callable[..., Iterator[Finding]]) -> bool:
+    """Tell whether a property, one of somebody's own too, looks at links and not at runs.
+
+    Raises:
+        TypeError: it takes something else than one argument, named `link` or `trace`.
+    """
+    name = ", ".join(inspect.signature(judged).parameters)
+    if name not in ("link", "trace"):
+        raise TypeError(f"{judged.__name__} must take one argument, named link or trace")
+    return name == "link"
 
 
 OF_RUNS: tuple[RunProperty, ...] = (

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tbptt_props import record
 from tbptt_props.case import Case
+from tbptt_props.editions import preview_of
 from tbptt_props.kept import Kept
 from tbptt_props.story import Scene, reach_map
 from tbptt_props.strategies import coverage
@@ -17,6 +18,7 @@ from tbptt_props.subject import ObservationError
 from tbptt_props.trace import Cause, Trace, Violation, counted
 
 MOST_VIOLATIONS = 4  # the first says it; the rest are the same in other words
+MOST_BESIDE_A_MAP = 2  # which shows all of them
 WIDTH = 100
 MOST_CAUSES = 3
 MOST_LINES = 8  # of one violation: an error of somebody else's may be as long as it likes
@@ -47,20 +49,22 @@ class Verdict:
     proved_by: tuple[str, ...] | None = None  # mistakes put in on purpose that broke it, if tried
     causes: tuple[Cause, ...] = ()  # the mistakes that would break it so; several where all fit
     story: tuple[Scene, ...] = field(default=(), repr=False)  # of the case, if it is broken
+    preview: str = ""  # the edition from which on it counts, if a later one was asked for
 
     @property
     def status(self) -> str:
-        """One of `broken`, `holds` and `not judged`."""
+        """One of `broken`, `holds` and `not judged`; or `preview`: broken, but not counted yet."""
         if self.violations:
-            return "broken"
+            return "preview" if self.preview else "broken"
         return "holds" if self.judged else "not judged"
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self, replay: str = "") -> dict[str, Any]:
         """Return it as plain data; docs/json.md says what is in it."""
         return {
             "name": self.name,
             "claim": self.claim,
             "status": self.status,
+            "preview": self.preview,
             "cases": self.judged,
             "needs": self.missing if self.status == "not judged" else "",
             "smallest_case": record.of_case(self.case),
@@ -68,7 +72,11 @@ class Verdict:
             "causes": [record.of_cause(cause) for cause in self.causes],
             "broken_on_purpose_by": None if self.proved_by is None else list(self.proved_by),
             "chunks": [record.of_scene(scene) for scene in self.story],
+            "replay": replay if self.case else "",
         }
+
+
+Replay = Callable[[Verdict], str]
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,20 @@ class Report:
         return self._of("not judged")
 
     @property
+    def previews(self) -> tuple[Verdict, ...]:
+        """The properties that are broken, but came with a later edition than is asked for."""
+        return self._of("preview")
+
+    def of_edition(self, edition: str) -> Report:
+        """Return the report as it is in an edition: what came later fails nothing.
+
+        Raises:
+            ValueError: there is no such edition.
+        """
+        verdicts = (replace(v, preview=preview_of(v.name, edition)) for v in self.verdicts)
+        return replace(self, verdicts=tuple(verdicts))
+
+    @property
     def vacuous(self) -> tuple[Verdict, ...]:
         """The properties that hold, and that no mistake put in on purpose could break."""
         return tuple(verdict for verdict in self.holds if verdict.proved_by == ())
@@ -121,20 +143,14 @@ class Report:
         """Say it to a person: one line per property, then each failure."""
         return as_text(self)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return it as plain data, which `json` can write; docs/json.md says what is in it."""
-        return {
-            "schema": record.SCHEMA,
-            "subject": self.subject,
-            "status": self.status,
-            "versions": record.versions(),
-            "cases": {
-                "tried": self.examples,
-                "sizes": record.of_cases(self.cases),
-                "kinds": coverage(self.cases),
-            },
-            "properties": [verdict.as_dict() for verdict in self.verdicts],
-        }
+    def as_dict(self, *, replay: Replay = lambda verdict: "") -> dict[str, Any]:
+        """Return it as plain data, which `json` can write; docs/json.md says what is in it.
+
+        Args:
+            replay: returns the command that judges a broken verdict's case again, if there is one.
+        """
+        told = [verdict.as_dict(replay(verdict)) for verdict in self.verdicts]
+        return data_of(self.subject, told, self.cases)
 
     @property
     def status(self) -> str:
@@ -171,12 +187,31 @@ class Report:
         """
         if self.broken:
             raise BrokenProperty("\n\n".join(failure_text(self, v) for v in self.broken))
-        if not self.holds:
+        if not self.holds and not self.previews:
             reasons = sorted({verdict.missing for verdict in self.not_judged})
             raise ObservationError(f"nothing could be judged: {'; '.join(reasons)}")
 
 
-def as_text(report: Report, *, replay: Callable[[Verdict], str] = lambda verdict: "") -> str:
+def data_of(
+    subject: str, verdicts: Sequence[dict[str, Any]], tried: Sequence[Case]
+) -> dict[str, Any]:
+    """Return a report as plain data, of verdicts that are that already."""
+    found = {verdict["status"] for verdict in verdicts}
+    return {
+        "schema": record.SCHEMA,
+        "subject": subject,
+        "status": next((s for s in ("broken", "holds") if s in found), "not judged"),
+        "versions": record.versions(),
+        "cases": {
+            "tried": len(tried),
+            "sizes": record.of_cases(tried),
+            "kinds": coverage(tried),
+        },
+        "properties": list(verdicts),
+    }
+
+
+def as_text(report: Report, *, replay: Replay = lambda verdict: "") -> str:
     """Return one line per property, then each failure, then a summary.
 
     Args:
@@ -192,8 +227,8 @@ def as_text(report: Report, *, replay: Callable[[Verdict], str] = lambda verdict
 
 def line_of(verdict: Verdict) -> str:
     """Return the verdict on one property in one line; what there is to add may stand below."""
-    mark = {"holds": "holds     ", "broken": "BROKEN    ", "not judged": "not judged"}
-    line = f"  {mark[verdict.status]}  {verdict.name}"
+    mark = "BROKEN" if verdict.status == "broken" else verdict.status
+    line = f"  {mark:<10}  {verdict.name}"
     need = _need_of(verdict)
     if not need:
         return line
@@ -205,6 +240,8 @@ def line_of(verdict: Verdict) -> str:
 def _need_of(verdict: Verdict) -> str:
     if verdict.status == "not judged":
         return _one_line(f"needs {verdict.missing}")
+    if verdict.status == "preview":
+        return f"broken on {verdict.case}; counts from edition {verdict.preview} on"
     if verdict.status != "holds" or verdict.proved_by is None:
         return ""
     if not verdict.proved_by:
@@ -216,9 +253,10 @@ def _need_of(verdict: Verdict) -> str:
 def summary(report: Report) -> str:
     """Return how many properties hold, are broken and were not judged."""
     vacuous = f" ({len(report.vacuous)} vacuously)" if report.vacuous else ""
+    previews = f", {len(report.previews)} previewed" if report.previews else ""
     return (
         f"{len(report.holds)} hold{vacuous}, {len(report.broken)} broken, "
-        f"{len(report.not_judged)} not judged"
+        f"{len(report.not_judged)} not judged{previews}"
     )
 
 
@@ -242,15 +280,15 @@ def _failure_lines(report: Report, verdict: Verdict) -> Iterator[str]:
     yield f"{verdict.name}{broken:>{max(0, WIDTH - len(verdict.name))}}"
     yield from _wrapped(verdict.claim, first="  ")
     yield ""
-    for violation in verdict.violations[:MOST_VIOLATIONS]:
+    reach = reach_map(verdict.story) if verdict.name in OF_REACH else []
+    most = MOST_BESIDE_A_MAP if reach else MOST_VIOLATIONS
+    for violation in verdict.violations[:most]:
         yield from _middle_left_out(_wrapped(str(violation), first="  "))
-    more = len(verdict.violations) - MOST_VIOLATIONS
+    more = len(verdict.violations) - most
     if more > 0:
         yield f"  and {more} more of the kind"
     yield ""
-    if verdict.name in OF_REACH:
-        reach = reach_map(verdict.story)
-        yield from [*reach, ""] if reach else []
+    yield from [*reach, ""] if reach else []
     at = next((violation.line for violation in verdict.violations if violation.line), "")
     if at:
         yield _one_line(f"  at                {at}")

@@ -10,7 +10,7 @@ import shlex
 import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 
 from tbptt_props.case import Case
+from tbptt_props.editions import preview_of
 from tbptt_props.judge import Bench, Property
 from tbptt_props.kept import Kept, cases_of, keep
 from tbptt_props.ledger import NOTED, PREFIX, Finding, Tally
@@ -72,6 +73,7 @@ def conformance(
     *,
     max_examples: int | None = None,
     expect: Mapping[str, Known] | None = None,
+    properties: Sequence[Property] = PROPERTIES,
     **fixed: int,
 ) -> Callable[[Callable[..., Subject]], Any]:
     """Turn `def test_x(case): return Subject(...)` into one pytest item per property.
@@ -83,6 +85,7 @@ def conformance(
         max_examples: how many cases to try; by default what `--tbptt-profile` or Hypothesis'
             settings say.
         expect: what is `known()` to be broken, by the property's name.
+        properties: which to judge, your own among them.
         fixed: sizes of a case that the subject can't vary, by name: `conformance(chunk=35)`.
 
     Raises:
@@ -95,23 +98,24 @@ def conformance(
         raise ValueError(f"max_examples must be at least 1, got max_examples={max_examples}")
     strategy = cases(**fixed)
     expected = dict(expect or {})
-    _require_known(expected, fixed)
+    _require_known(expected, fixed, [p.__name__ for p in properties])
 
     def decorate(build: Callable[..., Subject]) -> Any:
         name = getattr(build, "__name__", repr(build))
         if "case" not in inspect.signature(build).parameters:
             raise TypeError(f"{name} must take an argument named case, the Case to build for")
-        test = _Test(build, strategy, max_examples, fixed, expected)
-        by_name = {p.__name__: p for p in PROPERTIES}
+        test = _Test(build, strategy, max_examples, fixed, expected, properties)
+        by_name = {p.__name__: p for p in properties}
         mark = pytest.mark.parametrize("judged", by_name.values(), ids=by_name)
         return mark(_item_of(test))
 
     return decorate
 
 
-def _require_known(expected: Mapping[str, Known], fixed: Mapping[str, int]) -> None:
+def _require_known(
+    expected: Mapping[str, Known], fixed: Mapping[str, int], names: Sequence[str]
+) -> None:
     """Refuse what can't be expected to be broken."""
-    names = [p.__name__ for p in PROPERTIES]
     for name, what in expected.items():
         if name not in names:
             raise ValueError(f"expect: {unknown('property', name, names)}")
@@ -133,11 +137,13 @@ class _Found:
 
     def __init__(self, judged: Property, replay: Callable[[Case], str]) -> None:
         self.name = judged.__name__
+        self.claim = (judged.__doc__ or "").splitlines()[0]
         self.replay = replay
         self.judged: set[Case] = set()
         self.missing = ""
         self.broken: Verdict | None = None
         self.known = False
+        self.preview = ""  # the edition from which on it counts, where it is broken before that
         self.proved_by: tuple[str, ...] | None = None
 
     def add(self, case: Case, verdict: Verdict) -> None:
@@ -158,11 +164,19 @@ class _Found:
         causes = [cause.sentence for cause in self.broken.causes[:1]]
         return Finding(
             self.name,
-            "known" if self.known else "broken",
+            "known" if self.known else "preview" if self.preview else "broken",
             len(self.judged),
             smallest=repr(self.broken.case),
             cause="".join(causes),
         )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as a report has it."""
+        found = self.broken or Verdict(self.name, self.claim, missing=self.missing)
+        verdict = replace(
+            found, judged=len(self.judged), proved_by=self.proved_by, preview=self.preview
+        )
+        return verdict.as_dict(self.replay(found.case) if found.case else "")
 
 
 class _Test:
@@ -175,8 +189,10 @@ class _Test:
         max_examples: int | None,
         fixed: Mapping[str, int],
         expected: Mapping[str, Known],
+        properties: Sequence[Property],
     ) -> None:
         self.build = build
+        self.properties = properties
         self.name = getattr(build, "__name__", "test")
         self.strategy = strategy
         self.max_examples = max_examples
@@ -211,7 +227,9 @@ class _Test:
         if key not in self.benches:
             self.benches.clear()
             self.benches[key] = Bench(
-                lambda case: self.build(*owner, case=case, **fixtures), name=self.name
+                lambda case: self.build(*owner, case=case, **fixtures),
+                self.properties,
+                name=self.name,
             )
         return self.benches[key]
 
@@ -226,6 +244,8 @@ class _Test:
             self._alone(options.case)(*args, **kwargs)
         elif what is not None:
             self._as_known(what, self._alone(what.case), *args, **kwargs)
+        elif since := preview_of(self.found.name, options.edition):
+            self._as_preview(since, self._searching(options, kept), *args, **kwargs)
         else:
             self._searching(options, kept)(*args, **kwargs)
 
@@ -265,6 +285,15 @@ class _Test:
             f"{self.found.name} is no longer broken on {what.case}: remove it from expect "
             f"(it was known as: {what})"
         )
+
+    def _as_preview(self, since: str, test: Any, *args: Any, **kwargs: Any) -> None:
+        """Let the item fail without harm: its property counts from a later edition on."""
+        __tracebackhide__ = True
+        try:
+            test(*args, **kwargs)
+        except BrokenProperty as error:
+            self.found.preview = since
+            pytest.xfail(f'a preview: counts once edition = "{since}" is asked for{error}')
 
     def prove(self, *owner: Any, judged: Property, **fixtures: Any) -> None:
         """Note what breaks the item's property, where it holds, if the loop is broken."""
@@ -336,7 +365,8 @@ def _kept_for(request: pytest.FixtureRequest) -> list[Case]:
 
 def _keep(request: pytest.FixtureRequest, found: _Found, options: Options) -> None:
     """Keep the smallest case on which a property was found broken, unless that was known."""
-    if options.report is None or found.broken is None or found.known or options.case is not None:
+    broken = found.broken is not None and not found.known and not found.preview
+    if options.report is None or found.broken is None or not broken or options.case is not None:
         return
     path = os.path.relpath(request.node.path, request.config.rootpath)
     build = f"{Path(path).as_posix()}:{request.node.originalname}" if not request.node.cls else ""
@@ -356,6 +386,8 @@ def _note(request: pytest.FixtureRequest, test: _Test, seconds: float) -> None:
             for case, chunks in bench.chunks.items()
         }
         tally = Tally({finding.name: finding.status}, chunks, seconds)
+        if request.config.stash[ASKED].report is not None:
+            tally.told[finding.name] = test.found.as_dict()
         request.config.stash[NOTED].add(_label(request.node, finding.name), tally)
 
 

@@ -1,138 +1,143 @@
-"""What is built is what strangers install: the wheel, in an environment and a project of theirs."""
+"""A stranger's project, installed beside the built wheel in an environment of its own, and run."""
 
-import re
+import os
 import shutil
-import site
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BUILDS = "from setuptools import build_meta as b; b.build_sdist({0!r}); b.build_wheel({0!r})"
-SHIPPED = ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "tbptt_props", "tbptt_ref")
+SOURCES = ("tbptt_props", "tbptt_ref", "pyproject.toml", "README.md", "LICENSE")
+BUILD = "from setuptools import build_meta as b; print(b.build_{}({!r}))"
+DETACH = "            memory = tuple(part.detach() for part in memory)\n"
 
 
-def run(*command: object, cwd: Path) -> str:
+def copied(names: tuple[str, ...], origin: Path, folder: Path) -> Path:
+    """Copy what a build works on, for it writes into the tree that it is run in."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if (origin / name).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+            shutil.copytree(origin / name, folder / name, ignore=ignored)
+        else:
+            shutil.copy(origin / name, folder / name)
+    return folder
+
+
+def ran(*command: str | Path, cwd: Path, due: int = 0) -> str:
+    """Run a command as a stranger would, with nothing of this repository on its path."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PYTEST"))}
     done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, capture_output=True, text=True, timeout=500
+        list(map(str, command)),
+        cwd=cwd,
+        env={**kept, "NO_COLOR": "1", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == due, f"{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
-@pytest.fixture(scope="module", name="built")
-def _built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of the sdist and the wheel of what is checked out."""
-    source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
-    for name in SHIPPED:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__py*"))
-        else:
-            shutil.copy(ROOT / name, source / name)
-    run(sys.executable, "-c", BUILDS.format(str(built)), cwd=source)
-    return built
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build wheel and sdist, without the network."""
+    folder = tmp_path_factory.mktemp("dist")
+    tree = copied(SOURCES, ROOT, tmp_path_factory.mktemp("tree") / "kit")
+    for kind in ("wheel", "sdist"):
+        ran(sys.executable, "-c", BUILD.format(kind, str(folder)), cwd=tree)
+    return folder
 
 
-@pytest.fixture(scope="module", name="python")
-def _python(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the interpreter of an environment with the wheel, and with what it depends on."""
+def files_of(archive: Path) -> set[str]:
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            return set(wheel.namelist())
+    with tarfile.open(archive) as sdist:
+        return {name.partition("/")[2] for name in sdist.getnames()}
+
+
+@pytest.mark.parametrize("pattern", ["*.whl", "*.tar.gz"])
+def test_what_is_built_has_all_modules_and_says_that_it_is_typed(pattern: str, built: Path) -> None:
+    (archive,) = built.glob(pattern)
+    modules = {
+        path.relative_to(ROOT).as_posix()
+        for package in ("tbptt_props", "tbptt_ref")
+        for path in (ROOT / package).glob("*.py")
+    }
+
+    found = files_of(archive)
+
+    assert modules | {"tbptt_props/py.typed", "tbptt_ref/py.typed"} <= found
+    assert not [name for name in found if name.startswith("tests/gallery")]
+
+
+@pytest.fixture(scope="module")
+def python(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make an environment with the wheel, and with what it needs from the one that runs this."""
     home = tmp_path_factory.mktemp("environment")
-    run(sys.executable, "-m", "venv", "--without-pip", home, cwd=home)
-    (packages,) = home.glob("lib/python*/site-packages")
-    # What we depend on takes gigabytes: that of this environment is shared, behind its own.
-    shared = [path for path in (*site.getsitepackages(), *sys.path) if "-packages" in path]
-    (packages / "shared.pth").write_text("\n".join(dict.fromkeys(shared)), encoding="utf-8")
+    venv.create(home, with_pip=False)
     python = home / "bin" / "python"
+    (site,) = home.glob("lib/python*/site-packages")
+    needed = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
+    (site / "needed.pth").write_text("\n".join(sorted(needed)), encoding="utf-8")
     (wheel,) = built.glob("*.whl")
-    installed(python, wheel)
+    install(python, wheel, cwd=home)
     return python
 
 
-def installed(python: Path, what: Path) -> None:
-    """Install something and nothing that it needs."""
-    options = ("--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--quiet")
-    pip = (sys.executable, "-m", "pip", "--python", python, "install", *options)
-    run(*pip, what, cwd=python.parent)
+def install(python: Path, what: Path, *, cwd: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
+    ran(*pip, "--no-index", "--no-deps", "--no-build-isolation", what, cwd=cwd)
 
 
-@pytest.fixture(name="project")
-def _project(python: Path, tmp_path: Path) -> Path:
-    """Return a copy of the stranger's project, installed; what is changed in it comes first."""
-    project = tmp_path / "downstream"
-    shutil.copytree(ROOT / "examples" / "downstream", project)
-    installed(python, project)
+@pytest.fixture
+def project(python: Path, tmp_path: Path) -> Path:
+    """Put a copy of the stranger's project somewhere, installed."""
+    names = ("weather", "tests", "pyproject.toml", "README.md")
+    project = copied(names, ROOT / "examples" / "downstream", tmp_path / "weather")
+    install(python, project, cwd=tmp_path)
+    shutil.rmtree(project / "build", ignore_errors=True)
     return project
 
 
-def session(python: Path, project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [str(python), "-m", "pytest", "-p", "no:cacheprovider", *arguments]
-    return subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=500)
+def test_the_strangers_project_passes_its_tests(project: Path, python: Path) -> None:
+    where = ran(python, "-c", "import tbptt_props; print(tbptt_props.__file__)", cwd=project)
+    assert Path(where.strip()).is_relative_to(python.parent.parent)
+
+    told = ran(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", cwd=project)
+
+    assert "24 passed, 1 skipped" in told
+    assert "test_model.py::test_trains_a_day_at_a_time: 23 judged, 23 held, 0 broken" in told
+    assert "counterexamples/index.html" in told
+    assert list((project / "counterexamples").glob("*.toml")) == []
 
 
-def test_the_wheel_holds_both_packages_typed_and_nothing_else(built: Path) -> None:
-    (wheel,) = built.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
-        (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
-        entries = archive.read(entry_points).decode()
+def test_a_mistake_in_it_is_found_kept_and_tried_first(project: Path, python: Path) -> None:
+    model = project / "weather" / "model.py"
+    model.write_text(model.read_text().replace(DETACH, ""))
+    only = ("-q", "-p", "no:cacheprovider", "-k", "graph_crosses")
 
-    ours = {f"{package}/{path.name}" for package in SHIPPED[-2:] for path in sources(package)}
-    assert {name for name in names if ".dist-info/" not in name} == ours
-    assert {"tbptt_props/py.typed", "tbptt_ref/py.typed"} <= ours
-    assert "tbptt-props = tbptt_props.__main__:main" in entries
-    assert "tbptt_props.plugin = tbptt_props.plugin" in entries
-    assert any(name.endswith("licenses/LICENSE") for name in names)
+    told = ran(python, "-m", "pytest", *only, cwd=project, due=1)
 
-
-def sources(package: str) -> list[Path]:
-    return [path for path in (ROOT / package).iterdir() if path.suffix in (".py", ".typed")]
+    assert "The state is carried into the next chunk with its graph" in told
+    assert "weather/model.py:" in told
+    (kept,) = (project / "counterexamples").glob("*.toml")
+    script = ran(python.parent / "tbptt-props", "show", kept, cwd=project)
+    assert "graph_crosses_no_boundary is broken" in script
 
 
-def test_the_sdist_builds_the_same_wheel_again(built: Path, tmp_path: Path) -> None:
-    (sdist,) = built.glob("*.tar.gz")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path, filter="data")
-    (source,) = tmp_path.iterdir()
-    run(sys.executable, "-c", BUILDS.format(str(tmp_path)), cwd=source)
+def test_the_command_judges_it(project: Path, python: Path) -> None:
+    command = python.parent / "tbptt-props"
+    sizes = ("--inputs", "3", "--outputs", "1", "--max-examples", "5")
 
-    names = []
-    for folder in (built, tmp_path):
-        (wheel,) = folder.glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            names.append(sorted(archive.namelist()))
-    assert names[0] == names[1]
+    told = ran(command, "check", "tests/test_model.py:build", *sizes, cwd=project)
 
-
-def test_a_strangers_project_passes_its_tests_against_the_wheel(
-    python: Path, project: Path
-) -> None:
-    where = "import tbptt_props; print(tbptt_props.__file__)"
-    assert str(python.parent.parent) in run(python, "-c", where, cwd=project)
-
-    done = session(python, project, "-q")
-
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "tests/test_tbptt.py::test_river_level: " in done.stdout
-    summed_up = re.search(r" 0 broken, 1 not judged; (\d+) cases,", done.stdout)
-    assert summed_up
-    assert int(summed_up[1]) <= 20  # a quick profile, as its pyproject.toml says
-
-
-def test_a_strangers_mistake_is_found_by_the_wheel(python: Path, project: Path) -> None:
-    model = project / "river_level" / "model.py"
-    right = "state = (state[0].detach(), state[1].detach())"
-    source = model.read_text(encoding="utf-8")
-    assert right in source
-    model.write_text(source.replace(right, "state = (state[0].detach(), state[1])"))
-
-    done = session(python, project, "-k", "graph_crosses_no_boundary")
-
-    assert done.returncode == 1
-    assert "incoming state[1]: attached to the graph of time steps 0-0" in done.stdout
-    assert "river_level/model.py:" in done.stdout
-    replay = next(line for line in done.stdout.splitlines() if "--tbptt-case=" in line)
-    assert "Case(steps=2, chunk=1)" in replay
+    assert "0 broken" in told

@@ -9,6 +9,7 @@ import pytest
 import tbptt_props as tb
 from tbptt_props.judge import Property
 from tbptt_props.report import MOST_CAUSES, MOST_LINES, as_text, failure_text, line_of
+from tbptt_props.story import Scene
 from tbptt_props.trace import Cause, Violation
 
 CASE = tb.Case(steps=5, chunk=4)
@@ -154,6 +155,22 @@ def widest(lines: Sequence[str]) -> str:
 
 def test_a_failure_of_many_violations_is_no_longer_than_thirty_lines() -> None:
     assert len(failure_text(REPORT, many(1000)).splitlines()) <= HEIGHT
+
+
+def test_a_failure_with_a_map_is_no_longer_than_thirty_lines_and_no_wider_than_a_page() -> None:
+    plan = tuple((t, t + 1) for t in range(40))
+    story = tuple(
+        Scene(1, span, plan, due=frozenset({(1, span[0])}), reached=frozenset({(1, 0), (0, t)}))
+        for t, span in enumerate(plan)
+    )
+    broken = replace(many(1000), story=story)
+
+    lines = failure_text(REPORT, broken, replay="pytest").splitlines()
+
+    assert any(line.startswith("  gradients reach") for line in lines)
+    assert "  and 998 more of the kind" in lines
+    assert len(lines) <= HEIGHT
+    assert len(widest(lines)) <= WIDTH
 
 
 @pytest.mark.parametrize("judged", tb.PROPERTIES, ids=lambda p: p.__name__)

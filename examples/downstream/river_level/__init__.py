@@ -1,1 +1,0 @@
-"""Forecasts a river's level from the rain upstream."""

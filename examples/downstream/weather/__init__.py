@@ -1,0 +1,1 @@
+"""Forecasts tomorrow's temperature from three readings an hour."""

@@ -1,0 +1,138 @@
+"""The pages in docs: their generated parts, their links, and every snippet, which is run."""
+
+import re
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pages
+import pytest
+from torch import nn
+from torch.nn.functional import mse_loss
+
+import tbptt_props as tb
+from tbptt_props.judge import Property
+from tbptt_ref.module import TruncatedRNN
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PARTS = ["Why it matters", "How to fix it", "When it does not apply"]
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+# A page for each property --------------------------------------------------------------------
+
+
+def test_every_property_has_a_page_and_no_other_has() -> None:
+    names = {judged.__name__ for judged in tb.PROPERTIES}
+
+    assert {path.stem for path in pages.FOLDER.glob("*.md")} == names == pages.SHOWN.keys()
+
+
+@pytest.mark.parametrize("judged", tb.PROPERTIES, ids=lambda judged: judged.__name__)
+def test_what_is_generated_of_a_page_is_as_it_would_be_now(judged: Property) -> None:
+    page = (pages.FOLDER / f"{judged.__name__}.md").read_text(encoding="utf-8")
+
+    assert page == pages.written_anew(page, pages.generated(judged)), "python tests/pages.py"
+
+
+@pytest.mark.parametrize("judged", tb.PROPERTIES, ids=lambda judged: judged.__name__)
+def test_a_page_says_why_it_matters_how_to_fix_it_and_when_it_does_not_apply(
+    judged: Property,
+) -> None:
+    page = (pages.FOLDER / f"{judged.__name__}.md").read_text(encoding="utf-8")
+
+    assert page.startswith(f"# `{judged.__name__}`\n")
+    assert re.findall(r"(?m)^## (.*)$", page) == PARTS
+    assert all(len(text.strip()) > 20 for text in re.split(r"(?m)^## .*$", page)[1:])
+
+
+def test_the_pages_are_listed_by_claim() -> None:
+    told = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+
+    due = [
+        f"* [`{p.__name__}`](properties/{p.__name__}.md): {(p.__doc__ or '').splitlines()[0]}"
+        for p in tb.PROPERTIES
+    ]
+    assert told.partition("<!-- properties -->")[2].strip().splitlines() == due
+
+
+# Links ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_every_link_within_the_repository_leads_somewhere(path: Path) -> None:
+    text = re.sub(r"(?s)```.*?```", "", path.read_text(encoding="utf-8"))
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+
+    for link in links:
+        file, _, heading = link.partition("#")
+        there = path.parent / file if file else path
+        assert there.exists(), link
+        if heading:
+            heads = re.findall(r"(?m)^#+ (.*)$", there.read_text(encoding="utf-8"))
+            assert heading in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in heads]
+
+
+def test_the_architecture_page_tells_of_modules_that_there_are() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    told = {
+        n for row in re.findall(r"(?m)^\| (`.*?) \|", page) for n in re.findall(r"`(\w+)`", row)
+    }
+    there = {path.stem for path in (ROOT / "tbptt_props").glob("*.py")}
+
+    assert told <= there
+    assert len(told) > 20
+
+
+# Snippets ------------------------------------------------------------------------------------
+
+SNIPPETS = {
+    name_of(path): blocks
+    for path in PAGES
+    if (blocks := re.findall(r"(?s)```python\n(.*?)```", path.read_text(encoding="utf-8")))
+}
+# Their snippets are of other libraries' loops; the examples that they are cut from are run.
+RUN_ELSEWHERE = {"docs/peers.md"}
+
+
+class LitRNN(TruncatedRNN):
+    """What the README takes a reader's own module to be."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, *, chunk_size: int) -> None:
+        core = nn.LSTM(inputs, hidden, batch_first=True)
+        super().__init__(core, nn.Linear(hidden, outputs), chunk=chunk_size)
+
+
+def build(case: tb.Case) -> tb.Subject:
+    module = LitRNN(case.inputs, case.hidden, case.outputs, chunk_size=case.chunk)
+    return tb.Subject(module, loss=mse_loss)
+
+
+@pytest.fixture
+def _a_readers_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    project = types.ModuleType("my_project")
+    vars(project)["LitRNN"] = LitRNN
+    monkeypatch.setitem(sys.modules, "my_project", project)
+
+
+@pytest.mark.usefixtures("_a_readers_project")
+@pytest.mark.parametrize("name", sorted(SNIPPETS.keys() - RUN_ELSEWHERE))
+def test_every_snippet_runs(name: str) -> None:
+    told: dict[str, Any] = {"build": build, "tb": tb, "__name__": "snippet"}
+
+    for snippet in SNIPPETS[name]:
+        exec(compile(snippet, name, "exec"), told)
+    for own, function in list(told.items()):
+        if own.startswith("test_") and hasattr(function, "tbptt_build"):
+            function.tbptt_build(tb.Case())
+        elif own.startswith("test_"):
+            function()
+
+
+def test_the_pages_with_snippets_are_known() -> None:
+    assert {"README.md", "docs/own-properties.md", *RUN_ELSEWHERE} <= SNIPPETS.keys()
