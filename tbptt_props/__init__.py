@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tbptt_props.case import Case as Case
     from tbptt_props.contract import Contract as Contract
+    from tbptt_props.ddp import verify_ddp as verify_ddp
     from tbptt_props.judge import check as check
     from tbptt_props.judge import verify as verify
     from tbptt_props.observation import observe as observe
@@ -57,6 +58,7 @@ _HOMES = {
     "sequence_lengths": "strategies",
     "states": "strategies",
     "verify": "judge",
+    "verify_ddp": "ddp",
 }
 
 

@@ -41,12 +41,19 @@ def _parser() -> argparse.ArgumentParser:
         "that could be judged hold, 1 if one is broken, 2 if the subject can't be judged.",
     )
     check.add_argument("subject", metavar="module.path:build", help="a function of a Case")
-    check.add_argument("--max-examples", type=int, default=100, metavar="N", help="cases to try")
+    check.add_argument("--max-examples", type=int, metavar="N", help="cases to try (100)")
     check.add_argument("--seed", type=int, metavar="N", help="repeat the search of this seed")
     check.add_argument(
         "--sensitivity",
         action="store_true",
         help="break the loop on purpose, in memory, and tell which properties could have failed",
+    )
+    check.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="train in so many processes together, and judge what they share (10 cases by default)",
     )
     for size in _sizes():
         check.add_argument(f"--{size}", type=int, metavar="N", help=f"fix {size} of every case")
@@ -84,11 +91,14 @@ def _check(options: argparse.Namespace) -> int:
     from tbptt_props.subject import ObservationError
 
     fixed = {size: value for size in _sizes() if (value := getattr(options, size)) is not None}
-    progress = _Progress(options.max_examples)
+    if options.processes != 1:
+        return _check_processes(options, build, fixed)
+    most = 100 if options.max_examples is None else options.max_examples
+    progress = _Progress(most)
     try:
         report = verify(
             build,
-            max_examples=options.max_examples,
+            max_examples=most,
             seed=options.seed,
             on_case=progress.show,
             sensitivity=options.sensitivity,
@@ -102,6 +112,32 @@ def _check(options: argparse.Namespace) -> int:
     print(as_text(report, replay=lambda broken: f"{command} {shlex.quote(repr(broken.case))}"))
     if not report.holds and not report.broken:
         raise Misused(f"{options.subject}: nothing could be judged")
+    return BROKEN if report.broken else HOLDS
+
+
+def _check_processes(
+    options: argparse.Namespace, build: Callable[..., Any], fixed: dict[str, int]
+) -> int:
+    from tbptt_props.ddp import verify_ddp
+    from tbptt_props.subject import ObservationError
+
+    if options.sensitivity:
+        raise Misused("--sensitivity breaks a loop in one process: leave out --processes")
+    most = 10 if options.max_examples is None else options.max_examples
+    try:
+        report = verify_ddp(
+            build,
+            processes=options.processes,
+            max_examples=most,
+            seed=options.seed,
+            timeout=10.0,
+            uneven=False,
+            strategy="ddp",
+            **fixed,
+        )
+    except (ObservationError, ValueError, TypeError) as error:
+        raise _misused(options.subject, error) from error
+    print(report.as_text())
     return BROKEN if report.broken else HOLDS
 
 

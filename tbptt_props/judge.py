@@ -88,8 +88,11 @@ def _in_its_dtype(fresh: Fresh, case: Case, properties: Sequence[Property], name
 
 
 def _halted_by_its_dtype(report: Report) -> bool:
-    """Tell whether training raised what torch raises where numbers of two dtypes meet."""
-    error = report.trace.halt.error if report.trace and report.trace.halt else ""
+    return is_of_dtypes(report.trace.halt.error if report.trace and report.trace.halt else "")
+
+
+def is_of_dtypes(error: str) -> bool:
+    """Tell whether an error is what torch raises where numbers of two dtypes meet."""
     words = ("dtype", "scalar type", "Double", "Float")
     # An error about an operation in place names its tensor, and with it a dtype.
     return any(word in error for word in words) and "inplace operation" not in error

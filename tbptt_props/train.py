@@ -33,15 +33,18 @@ def train(
     *,
     skip: int = 0,
     validation: Batches = (),
+    processes: int = 1,
+    strategy: str = "auto",
 ) -> BaseException | None:
     """Train the subject's module on the batches from number `skip` on.
 
-    Before the last batch, Lightning validates on the batches for `validation`, if there are any.
+    Before the last batch, Lightning validates on the batches for `validation`, if there are any. As
+    one of several processes, it is trained by the `strategy` that has this name in Lightning.
     """
     if subject.disturbed is not None:
         batches = [subject.disturbed(batch) for batch in batches]
     with subject.around(subject) if subject.around else nullcontext():
-        return _trained(subject, batches, watch, skip, validation)
+        return _trained(subject, batches, watch, skip, validation, _among(processes, strategy))
 
 
 def validates(module: object) -> bool:
@@ -51,13 +54,18 @@ def validates(module: object) -> bool:
 
 
 def _trained(
-    subject: Subject, batches: Batches, watch: Watching, skip: int, validation: Batches
+    subject: Subject,
+    batches: Batches,
+    watch: Watching,
+    skip: int,
+    validation: Batches,
+    among: dict[str, Any],
 ) -> BaseException | None:
     module = subject.module
     if subject.train is not None:
         return _with_function(subject, subject.train, batches, watch, skip)
     if isinstance(module, pl.LightningModule):
-        return _with_lightning(subject, module, batches, watch, skip, validation)
+        return _with_lightning(subject, module, batches, watch, skip, validation, among)
     raise ObservationError(
         f"{type(module).__name__} is no LightningModule: say how it is trained with "
         "Subject(..., train=...), a function of the module and its batches"
@@ -74,11 +82,11 @@ def _with_lightning(
     watch: Watching,
     skip: int,
     validation: Batches,
+    among: dict[str, Any],
 ) -> BaseException | None:
     teller = _Teller(watch, skip, validates_after=len(batches) - 2 if validation else -1)
     trainer = pl.Trainer(
         accelerator="cpu",
-        devices=1,
         max_epochs=1,
         logger=DummyLogger(),
         callbacks=[teller],
@@ -89,6 +97,7 @@ def _with_lightning(
         val_check_interval=1,
         inference_mode=False,  # in which torch would refuse a state left by validation, not we
         num_sanity_val_steps=0,
+        **among,
         **_in_precision(subject.precision),
     )
     original = module.training_step
@@ -128,6 +137,11 @@ def _with_lightning(
         if own:
             module.training_step = original  # type: ignore[method-assign]
     return None
+
+
+def _among(processes: int, strategy: str) -> dict[str, Any]:
+    """Return what tells a Trainer that it is one of several processes, each with its own data."""
+    return {"devices": processes, "strategy": strategy, "use_distributed_sampler": False}
 
 
 def _in_precision(precision: Precision | None) -> dict[str, Any]:

@@ -111,6 +111,21 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
             "subject",
             "trace",
         },
+        "agreement": {"compare", "trace"},
+        "ddp": {
+            "agreement",
+            "case",
+            "judge",
+            "observation",
+            "precision",
+            "rederivation",
+            "report",
+            "strategies",
+            "subject",
+            "trace",
+            "train",
+            "watch",
+        },
         "options": {"case"},
         "ledger": set(),
         "suite": {
@@ -125,10 +140,11 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
         },
         "plugin": {"ledger", "options", "properties"},
         "catalogue": {"case", "contract", "judge", "report", "strategies", "subject", "trace"},
-        "__main__": {"case", "catalogue", "judge", "report", "subject"},
+        "__main__": {"case", "catalogue", "ddp", "judge", "report", "subject"},
         "__init__": {
             "case",
             "contract",
+            "ddp",
             "judge",
             "observation",
             "properties",
@@ -145,12 +161,14 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
         "oracle": set(),
         "closed_form": set(),
         "faults_precision": {"module"},
+        "faults_processes": {"module"},
         "faults_side_effects": {"module"},
         "faults_state": {"module"},
         "faults_time": {"module"},
         "faults_update": {"module"},
         "faults": {
             "faults_precision",
+            "faults_processes",
             "faults_side_effects",
             "faults_state",
             "faults_time",
@@ -164,7 +182,12 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
 # What only these may import, of all modules of both packages.
 ONLY: dict[str, set[str]] = {
     "lightning": {"tbptt_props.train", "tbptt_ref.module"},
-    "hypothesis": {"tbptt_props.judge", "tbptt_props.strategies", "tbptt_props.suite"},
+    "hypothesis": {
+        "tbptt_props.ddp",
+        "tbptt_props.judge",
+        "tbptt_props.strategies",
+        "tbptt_props.suite",
+    },
     "pytest": {
         "tbptt_props.ledger",
         "tbptt_props.options",
