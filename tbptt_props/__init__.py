@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tbptt_props.alike import verify_devices as verify_devices
     from tbptt_props.case import Case as Case
     from tbptt_props.contract import Contract as Contract
     from tbptt_props.ddp import verify_ddp as verify_ddp
@@ -59,6 +60,7 @@ _HOMES = {
     "states": "strategies",
     "verify": "judge",
     "verify_ddp": "ddp",
+    "verify_devices": "alike",
 }
 
 

@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="break the loop on purpose, in memory, and tell which properties could have failed",
     )
+    check.add_argument("--device", choices=["cpu", "cuda"], help="where to train; cpu by default")
     check.add_argument(
         "--processes",
         type=int,
@@ -102,6 +103,7 @@ def _check(options: argparse.Namespace) -> int:
             seed=options.seed,
             on_case=progress.show,
             sensitivity=options.sensitivity,
+            device=options.device,
             **fixed,
         )
     except (ObservationError, ValueError, TypeError) as error:
@@ -123,6 +125,8 @@ def _check_processes(
 
     if options.sensitivity:
         raise Misused("--sensitivity breaks a loop in one process: leave out --processes")
+    if options.device == "cuda":
+        raise Misused("several processes train on the CPU: leave out --device")
     most = 10 if options.max_examples is None else options.max_examples
     try:
         report = verify_ddp(

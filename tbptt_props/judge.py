@@ -68,23 +68,30 @@ def judge(
 
 
 class _Asked(Exception):
-    """Ends a run that was begun in another dtype than the one that the subject asks for."""
+    """Ends a run that was begun in another dtype, or elsewhere, than the subject asks for."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__(dtype)
-        self.dtype = dtype
+    def __init__(self, subject: Subject) -> None:
+        super().__init__()
+        self.precision, self.device = subject.precision, subject.device
 
 
 def _in_its_dtype(fresh: Fresh, case: Case, properties: Sequence[Property], name: str) -> Report:
+    def judged(precision: str | None, device: str, dtype: torch.dtype | None = None) -> Report:
+        return _judge(fresh, case, properties, name, dtype or dtype_of(precision), device)
+
+    precision, device = None, "cpu"
     try:
-        report = _judge(fresh, case, properties, name, torch.float64)
-        if _halted_by_its_dtype(report):
-            again = _judge(fresh, case, properties, name, torch.float32)
-            if not _halted_by_its_dtype(again):
-                return again
+        report = judged(precision, device)
     except _Asked as asked:
-        return _judge(fresh, case, properties, name, asked.dtype)
-    return report
+        precision, device = asked.precision, asked.device
+        report = judged(precision, device)
+    if precision is not None or not _halted_by_its_dtype(report):
+        return report
+    try:
+        again = judged(precision, device, torch.float32)
+    except _Asked:  # for float64
+        return report
+    return report if _halted_by_its_dtype(again) else again
 
 
 def _halted_by_its_dtype(report: Report) -> bool:
@@ -99,15 +106,21 @@ def is_of_dtypes(error: str) -> bool:
 
 
 def _judge(
-    fresh: Fresh, case: Case, properties: Sequence[Property], name: str, dtype: torch.dtype
+    fresh: Fresh,
+    case: Case,
+    properties: Sequence[Property],
+    name: str,
+    dtype: torch.dtype,
+    device: str,
 ) -> Report:
     of_links = [p for p in OF_LINKS if p in properties]
     of_runs = [p for p in OF_RUNS if p in properties]
     judged = {p.__name__: _Findings() for p in properties}
-    with observing(case, dtype):
-        twin = made_ready(fresh)
-        if twin.precision is not None and dtype_of(twin.precision) != dtype:
-            raise _Asked(dtype_of(twin.precision))
+    with observing(case, dtype, device):
+        built = fresh()
+        if _asks_for_another(built, dtype, device):
+            raise _Asked(built)
+        twin = made_ready(lambda: built)
         before: list[Chunk] = []
         looking = Looking()
         numbers = count()
@@ -137,6 +150,12 @@ def _judge(
     causes = causes_of(looking.evidence(trace, broken, _longest(twin.contract, case, plans)))
     verdicts = tuple(judged[p.__name__].verdict(p, case, causes) for p in properties)
     return Report(name, verdicts, trace=trace)
+
+
+def _asks_for_another(subject: Subject, dtype: torch.dtype, device: str) -> bool:
+    """Tell whether a subject is to be trained in another dtype or elsewhere."""
+    in_another = subject.precision is not None and dtype_of(subject.precision) != dtype
+    return in_another or subject.device != device
 
 
 def _rounded_as(chunk: Chunk) -> AbstractContextManager[None]:
@@ -226,6 +245,7 @@ def verify(
     properties: Sequence[Property] = PROPERTIES,
     on_case: Callable[[int, Report], object] | None = None,
     sensitivity: bool = False,
+    device: str | None = None,
     **fixed: int,
 ) -> Report:
     """Search for cases that break a property of what `build(case)` returns, and shrink them.
@@ -238,11 +258,12 @@ def verify(
         on_case: told of each case's number and report while the search goes on.
         sensitivity: whether to break the loop on purpose, in memory, to see which of the properties
             that hold can fail here at all: `Verdict.proved_by`, `Report.vacuous`.
+        device: where to train what is built, "cpu" or "cuda", whatever the subject says.
         fixed: sizes of a case that the subject can't vary, by name.
 
     Raises:
-        ObservationError: a subject cannot be described, or `build` hands out a module twice, or
-            assumes every case away.
+        ObservationError: a subject cannot be described, there is no such device here, or `build`
+            hands out a module twice, or assumes every case away.
         TypeError: `build` can't be called, or does not return a subject.
         ValueError: `max_examples` is below 1, or a size has no such name or value.
     """
@@ -250,7 +271,7 @@ def verify(
         raise TypeError(f"build must be callable, got build={shortened(build)}")
     if max_examples < 1:
         raise ValueError(f"max_examples must be at least 1, got max_examples={max_examples}")
-    bench = Bench(build, properties)
+    bench = Bench(build, properties, device=device)
     number = random.SystemRandom().getrandbits(64) if seed is None else seed
     examples = bench.search(cases(**fixed), number, max_examples, on_case)
     bench.require_cases_chunk()
@@ -281,9 +302,15 @@ class Bench:
     """Judges what a factory builds, once per case; remembers the verdicts, not the tensors."""
 
     def __init__(
-        self, build: Build, properties: Sequence[Property] = PROPERTIES, *, name: str = ""
+        self,
+        build: Build,
+        properties: Sequence[Property] = PROPERTIES,
+        *,
+        name: str = "",
+        device: str | None = None,
     ) -> None:
-        """Judge what `build` makes, under `name` or its own."""
+        """Judge what `build` makes, under `name` or its own, on `device` or the subject's own."""
+        self.device = device
         self.build = build
         self.name = name or _named(build)
         self.properties = properties
@@ -327,7 +354,7 @@ class Bench:
                     "object as the time before: build the module inside the function"
                 )
         self.last = subject
-        return subject
+        return subject if self.device is None else replace(subject, device=self.device)
 
     def search(
         self,

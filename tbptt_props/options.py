@@ -13,8 +13,15 @@ import pytest
 
 from tbptt_props.case import Case, case_of
 
+CONFORMANCE = "tbptt_conformance"  # marks the function of a conformance test
+DEVICE = "tbptt_device"  # the parameter of an item that is trained on a device
+
 # How many cases each profile tries; "default" leaves it to Hypothesis' settings.
 PROFILES: dict[str, int | None] = {"quick": 20, "default": None, "thorough": 500}
+
+
+# On which devices each of these has everything judged.
+DEVICES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda",), "all": ("cpu", "cuda")}
 
 
 @dataclass(frozen=True)
@@ -26,12 +33,14 @@ class Options:
         strict: nothing is green or skipped that shows nothing.
         case: judge this case alone, without a search.
         profile: how many cases are tried where a test doesn't say it: one of PROFILES.
+        device: where loops are trained: one of DEVICES; where nothing is said, as subjects say.
     """
 
     sensitivity: bool = False
     strict: bool = False
     case: Case | None = None
     profile: str = "default"
+    device: str = ""
 
 
 NAMES = tuple(field.name for field in fields(Options))
@@ -81,9 +90,10 @@ def _valid(name: str, value: Any, where: str) -> Any:
         return value
     if not isinstance(value, str):
         raise pytest.UsageError(f"{where} must be a text, got {value!r}")
-    if name == "profile":
-        if value not in PROFILES:
-            raise pytest.UsageError(f"{where}: {unknown('profile', value, PROFILES)}")
+    if name in ("profile", "device"):
+        valid: Iterable[str] = PROFILES if name == "profile" else DEVICES
+        if value not in valid:
+            raise pytest.UsageError(f"{where}: {unknown(name, value, valid)}")
         return value
     try:
         return case_of(value)

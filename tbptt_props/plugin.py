@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tbptt_props.ledger import NOTED, Ledger
-from tbptt_props.options import ASKED, NAMES, PROFILES, asked
+from tbptt_props.options import ASKED, CONFORMANCE, DEVICE, DEVICES, NAMES, PROFILES, asked
 
 WIDTH = 100
 HANDED_OVER = "tbptt_props"  # the key, in what a worker of xdist hands over when it is done
@@ -45,6 +45,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help=f"how many cases to try where a test doesn't say it: {', '.join(PROFILES)}",
     )
     group.addoption(
+        "--tbptt-device",
+        metavar="NAME",
+        help=f"where to train: {', '.join(DEVICES)}; without it, where each subject says",
+    )
+    group.addoption(
         "--tbptt-list", action="store_true", help="list the properties and their claims, and end"
     )
 
@@ -68,6 +73,14 @@ def pytest_configure(config: pytest.Config) -> None:
     command = {name: config.getoption(f"tbptt_{name}", None) for name in NAMES}
     config.stash[ASKED] = asked(command, config.rootpath)
     config.stash[NOTED] = Ledger()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Make an item for each device that is asked for, where a test is one of conformance."""
+    device = metafunc.config.stash[ASKED].device
+    if device and getattr(metafunc.function, CONFORMANCE, False):
+        metafunc.fixturenames.append(DEVICE)
+        metafunc.parametrize(DEVICE, DEVICES[device])
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

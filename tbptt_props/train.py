@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
@@ -86,7 +87,7 @@ def _with_lightning(
 ) -> BaseException | None:
     teller = _Teller(watch, skip, validates_after=len(batches) - 2 if validation else -1)
     trainer = pl.Trainer(
-        accelerator="cpu",
+        accelerator=torch.device(subject.device).type,
         max_epochs=1,
         logger=DummyLogger(),
         callbacks=[teller],
@@ -98,7 +99,7 @@ def _with_lightning(
         inference_mode=False,  # in which torch would refuse a state left by validation, not we
         num_sanity_val_steps=0,
         **among,
-        **_in_precision(subject.precision),
+        **_in_precision(subject.precision, torch.device(subject.device).type),
     )
     original = module.training_step
     own = "training_step" in vars(module)
@@ -144,11 +145,11 @@ def _among(processes: int, strategy: str) -> dict[str, Any]:
     return {"devices": processes, "strategy": strategy, "use_distributed_sampler": False}
 
 
-def _in_precision(precision: Precision | None) -> dict[str, Any]:
+def _in_precision(precision: Precision | None, device: str) -> dict[str, Any]:
     """Return what tells a Trainer in which precision to train."""
     if precision == "bf16-mixed" or precision == "16-mixed":
         # By the plugin itself: told by its name, Lightning has no float16 on the CPU.
-        return {"plugins": [MixedPrecision(precision, "cpu")]}
+        return {"plugins": [MixedPrecision(precision, device)]}
     return {"precision": precision or "32-true"}  # in which nothing is cast, be it float64
 
 
