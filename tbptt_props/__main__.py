@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         "that could be judged hold, 1 if one is broken, 2 if the subject can't be judged.",
     )
     check.add_argument("subject", metavar="module.path:build", help="a function of a Case")
-    check.add_argument("--max-examples", type=int, default=100, metavar="N", help="cases to try")
+    check.add_argument("--max-examples", type=int, metavar="N", help="cases to try (100)")
     check.add_argument("--seed", type=int, metavar="N", help="repeat the search of this seed")
     check.add_argument(
         "--sensitivity",
@@ -71,6 +71,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         type=Path,
         help="try the cases kept there first, and keep there the smallest that break a property",
+    )
+    check.add_argument("--device", choices=["cpu", "cuda"], help="where to train; cpu by default")
+    check.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="train in so many processes together, and judge what they share (10 cases by default)",
     )
     for size in _sizes():
         check.add_argument(f"--{size}", type=int, metavar="N", help=f"fix {size} of every case")
@@ -125,16 +133,20 @@ def _check(options: argparse.Namespace) -> int:
     from tbptt_props.subject import ObservationError
 
     fixed = {size: value for size in _sizes() if (value := getattr(options, size)) is not None}
-    progress = _Progress(options.max_examples)
+    if options.processes != 1:
+        return _check_processes(options, build, fixed)
+    most = 100 if options.max_examples is None else options.max_examples
+    progress = _Progress(most)
     try:
         report = verify(
             build,
-            max_examples=options.max_examples,
+            max_examples=most,
             seed=options.seed,
             on_case=progress.show,
             sensitivity=options.sensitivity,
             first=_kept_for(options.subject, options.keep),
             edition=options.edition or edition_in(Path.cwd()),
+            device=options.device,
             **fixed,
         )
     except (ObservationError, ValueError, TypeError) as error:
@@ -146,6 +158,34 @@ def _check(options: argparse.Namespace) -> int:
     _hand_out(report, options, lambda broken: f"{command} {shlex.quote(repr(broken.case))}")
     if report.status == "not judged":
         raise Misused(f"{options.subject}: nothing could be judged")
+    return BROKEN if report.broken else HOLDS
+
+
+def _check_processes(
+    options: argparse.Namespace, build: Callable[..., Any], fixed: dict[str, int]
+) -> int:
+    from tbptt_props.ddp import verify_ddp
+    from tbptt_props.subject import ObservationError
+
+    if options.sensitivity:
+        raise Misused("--sensitivity breaks a loop in one process: leave out --processes")
+    if options.device == "cuda":
+        raise Misused("several processes train on the CPU: leave out --device")
+    most = 10 if options.max_examples is None else options.max_examples
+    try:
+        report = verify_ddp(
+            build,
+            processes=options.processes,
+            max_examples=most,
+            seed=options.seed,
+            timeout=10.0,
+            uneven=False,
+            strategy="ddp",
+            **fixed,
+        )
+    except (ObservationError, ValueError, TypeError) as error:
+        raise _misused(options.subject, error) from error
+    print(report.as_text())
     return BROKEN if report.broken else HOLDS
 
 

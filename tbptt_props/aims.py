@@ -49,7 +49,7 @@ def _candidates(cotangent: Tensor | None, steps: int, places: Tensor) -> Iterato
     yield places
     if places.dim() != 3 or cotangent is None or cotangent.shape[:2] != places.shape[:2]:
         return
-    used = places.index_select(_time(places), _used(cotangent, places))
+    used = places.index_select(_time(places), _used(cotangent, places).cpu())
     for shift in sorted(range(-FURTHEST, FURTHEST + 1), key=abs):
         for base in (used, places):
             moved = base + torch.tensor([0, shift])

@@ -82,6 +82,12 @@ class Batch:
         """Return a copy that shares no memory with it, but within itself as it does."""
         return Batch.of(copy.deepcopy(self.whole), self.parts)
 
+    def moved(self, device: str) -> Batch:
+        """Return it on a device."""
+        if device == "cpu":
+            return self
+        return Batch.of(map_tensors(lambda tensor: tensor.to(device), self.whole), self.parts)
+
     def converted(self, dtype: torch.dtype) -> Batch:
         """Return it with its floating-point tensors in `dtype`."""
         if all(t.dtype == dtype or not t.is_floating_point() for t in leaves(self.whole).values()):

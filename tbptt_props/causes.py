@@ -719,6 +719,15 @@ def automatic_optimization_is_on(seen: Evidence) -> bool:
     return by_itself or "automatic_optimization" in seen.error
 
 
+def something_is_on_another_device(seen: Evidence) -> bool:
+    """A state, a mask or a batch lies on another device than the module.
+
+    Try: torch.zeros(..., device=x.device), or x.new_zeros(...), and register_buffer for what the
+    module keeps
+    """
+    return "same device" in seen.error or "not on the expected device" in seen.error
+
+
 def short_sequences_are_refused(seen: Evidence) -> bool:
     """Training raises on a sequence that is shorter than a chunk.
 
@@ -946,7 +955,15 @@ SILENT = frozenset({MANUAL, COUNTED, GONE, LEARNS})  # broken by what has none
 
 # Which properties each mistake breaks, besides; the special before the general.
 FINGERPRINTS: tuple[Group, ...] = (
-    ((END,), (a_container_is_detached, state_changes_its_type, short_sequences_are_refused)),
+    (
+        (END,),
+        (
+            a_container_is_detached,
+            state_changes_its_type,
+            short_sequences_are_refused,
+            something_is_on_another_device,
+        ),
+    ),
     ((TILE, GRADIENTS, ORDER, ONCE, MANUAL), (automatic_optimization_is_on,)),
     ((CUT, GONE, GRADIENTS), (state_is_detached_in_part, state_is_not_detached)),
     ((CUT, GONE, GRADIENTS, LOSS), (losses_are_summed, cast_weights_are_kept)),

@@ -55,6 +55,7 @@ def same(one: Tensor, other: Tensor) -> bool:
         return True
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
+    other = other.to(one.device)  # Lightning takes a module back to the CPU when it is done
     if torch.equal(one, other):
         return True
     return bool(((one == other) | (one.isnan() & other.isnan())).all())
@@ -73,6 +74,7 @@ def close(found: Tensor, due: Tensor, *, rounded: bool = True) -> bool:
     """
     if found.shape != due.shape:
         return False
+    due = due.to(found.device)
     if found.dtype == due.dtype and torch.equal(found, due):  # by far the commonest, and cheap
         return True
     allowed = _tolerance(found)
@@ -116,7 +118,7 @@ def difference(name: str, found: Tensor, due: Tensor) -> Difference:
     if found.shape != due.shape:
         return _of_another_kind(name, f"shape {tuple(found.shape)}", f"shape {tuple(due.shape)}")
     with torch.no_grad():
-        one, other = _comparable(found), _comparable(due)
+        one, other = _comparable(found), _comparable(due.to(found.device))
         gap = (one - other).abs().nan_to_num(torch.inf)
         gap = torch.where((one == other) | (one.isnan() & other.isnan()), 0.0, gap)
     if found.dtype != due.dtype and not gap.any():

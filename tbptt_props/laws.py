@@ -28,6 +28,7 @@ from tbptt_props.compare import (
     worst,
 )
 from tbptt_props.contract import Contract
+from tbptt_props.device import repeats_itself
 from tbptt_props.forward import Arguments, Forward
 from tbptt_props.places import span_of
 from tbptt_props.precision import SKIPPED, overflowed, rounding
@@ -348,7 +349,8 @@ def _gone_on(
     if error is not None:
         return Rerun(where, problem=f"the fresh run raised {type(error).__name__}: {error}")
     second = ending(subject.module, going_on.training, going_on.state)
-    return Rerun(where, first, second, bitwise=going_on.layout == left.layout)
+    bitwise = going_on.layout == left.layout and repeats_itself(subject.device)
+    return Rerun(where, first, second, bitwise=bitwise)
 
 
 def _alike(rerun: Rerun) -> bool:

@@ -14,6 +14,7 @@ import torch
 from tbptt_props import laws
 from tbptt_props.batch import Batch, Parts
 from tbptt_props.case import Case
+from tbptt_props.device import unavailable
 from tbptt_props.lines import is_the_users, shown
 from tbptt_props.precision import dtype_of, overflowed
 from tbptt_props.process import Hung, undisturbed
@@ -49,7 +50,7 @@ def observe(subject: Subject, case: Case) -> Trace:
 
     def attempt(fresh: Fresh) -> Trace:
         chunks.clear()
-        with observing(case, dtype_of(subject.precision)):
+        with observing(case, dtype_of(subject.precision), subject.device):
             return run(fresh, case, chunks.append)
 
     return replace(rewired(subject.copied, attempt), chunks=tuple(chunks))
@@ -67,9 +68,18 @@ def rewired(fresh: Fresh, attempt: Callable[[Fresh], _Result]) -> _Result:
 
 
 @contextmanager
-def observing(case: Case, dtype: torch.dtype = torch.float64) -> Iterator[None]:
-    """Run the block as subjects are run: seeded from the case, quiet, and without a trace."""
-    with undisturbed(dtype=dtype, seed=case.seed):
+def observing(
+    case: Case, dtype: torch.dtype = torch.float64, device: str = "cpu"
+) -> Iterator[None]:
+    """Run the block as subjects are run: seeded from the case, quiet, and without a trace.
+
+    Raises:
+        ObservationError: there is no such device here.
+    """
+    missing = unavailable(device)
+    if missing:
+        raise ObservationError(f"training on {device} needs {missing}")
+    with undisturbed(dtype=dtype, seed=case.seed, device=device):
         yield
 
 
@@ -145,7 +155,7 @@ def _validation(subject: Subject, case: Case, batches: Sequence[Batch]) -> list[
 def made_ready(fresh: Fresh) -> Subject:
     """Make the subject anew, in the dtype of the run, with a loss that answers for itself."""
     subject = fresh()
-    subject.module.to(torch.get_default_dtype())
+    subject.module.to(device=subject.device, dtype=torch.get_default_dtype())
     loss = subject.loss
     return subject if loss is None else replace(subject, loss=held_to_be_one(loss))
 

@@ -56,11 +56,17 @@ LinkProperty = Callable[[Link], Iterator[Finding]]
 RunProperty = Callable[[Trace], Iterator[Finding]]
 
 
+ELSEWHERE = (
+    "something was made on another device than the inputs: torch.zeros(..., device=x.device)"
+)
+
 # What an error of torch's means in a loop over chunks.
 REASONS = {
     "backward through the graph a second time": "something of an earlier chunk was not detached",
     "modified by an inplace operation": "an update came between a forward and its backward, or "
     "something of an earlier chunk was not detached",
+    "same device": ELSEWHERE,
+    "not on the expected device": ELSEWHERE,
     "does not require grad and does not have a grad_fn": "the loss has no graph: was forward run "
     "under no_grad, or what it returned detached?",
 }
@@ -641,7 +647,8 @@ def _reordered(state: Tensors, lanes: Sequence[int], into: Sequence[int]) -> Ite
     """Yield `state` with its sequences in another order, along each dimension they may lie in."""
     if not set(into) <= set(lanes) or any(len(set(rows)) < len(rows) for rows in (lanes, into)):
         return
-    order = torch.tensor([lanes.index(sequence) for sequence in into])
+    device = next(leaf.device for leaf in state.values())
+    order = torch.tensor([lanes.index(sequence) for sequence in into], device=device)
     for dim in (0, 1):
         if all(leaf.dim() > dim and leaf.shape[dim] == len(lanes) for leaf in state.values()):
             yield {path: leaf.index_select(dim, order) for path, leaf in state.items()}

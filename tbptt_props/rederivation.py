@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from tbptt_props.byhand import BY_HAND
 from tbptt_props.compare import close, difference, near, near_slope, same, worst
+from tbptt_props.device import drawn
 from tbptt_props.forward import Arguments, Forward
 from tbptt_props.graph import nodes_behind
 from tbptt_props.layout import alike, as_the_loss_takes, of_parts
@@ -63,7 +64,7 @@ def rederive(
     if given is None or outcome is None:
         return Expected(missing="the chunk's tensors were dropped")
     try:
-        with _kept_randomness(), autocasting(given.autocast):
+        with _kept_randomness(), autocasting(given.autocast, torch.device(subject.device).type):
             return _rederived(subject, chunk, given, outcome, slope=slope, mixing=mixing)
     except ObservationError as error:  # the loss is none, or none of several calls' predictions
         if len(given.calls) == 1:
@@ -156,7 +157,7 @@ def _with_slopes(
 def _run(subject: Subject, given: Given, found: float, form: Form | None = None) -> _Again:
     incoming = map_tensors(_wanting_gradient, given.calls[0].state)
     predictions, state = _forward(subject, given, incoming)
-    draws = not torch.equal(torch.get_rng_state(), given.randomness[0])
+    draws = not torch.equal(drawn(), given.randomness[0])
     nodes = nodes_behind([*predictions, *leaves(state).values()])
     form = form or _form_of(subject, given, predictions, found)
     loss = None
@@ -412,7 +413,7 @@ def _with_row(
         x.select(dim, row).copy_(otherwise)
     _load_values(subject.module, given)
     prediction, _ = _repeat(Forward(subject), replace(first, x=x), value_of(first.state))
-    return prediction, torch.get_rng_state()
+    return prediction, drawn()
 
 
 def _moves(

@@ -64,6 +64,8 @@ class Subject:
         precision: in which precision it is trained, as a Trainer's `precision` has it: "64-true",
             "32-true", "bf16-mixed" or "16-mixed". By default float64, or float32 if the module
             can't. A loop that `train` trains enters autocast by itself.
+        device: where it is trained, "cpu" or "cuda": the module is moved there, and batches are
+            handed out on the CPU, as a loader does.
         validates: whether Lightning validates the module, if it has a `validation_step`, before the
             last batch of every second case, on a copy of that batch: training must not notice.
         around: a context manager that is entered around each training, with the subject.
@@ -87,6 +89,7 @@ class Subject:
     outputs: Callable[[Any], tuple[Tensor, Any]] | None = field(default=None, kw_only=True)
     train: Callable[[Any, Batches], object] | None = field(default=None, kw_only=True)
     precision: Precision | None = field(default=None, kw_only=True)
+    device: str = field(default="cpu", kw_only=True)
     validates: bool = field(default=True, kw_only=True)
     around: Callable[[Subject], AbstractContextManager[object]] | None = field(
         default=None, kw_only=True
@@ -113,6 +116,8 @@ class Subject:
             known = ", ".join(PRECISIONS)
             given = shortened(self.precision)
             raise ValueError(f"precision must be one of {known}, got precision={given}")
+        if not isinstance(self.device, str) or not _is_a_device(self.device):
+            raise ValueError(f"device must be cpu or cuda, got device={shortened(self.device)}")
         if not self.patience > 0:
             raise ValueError(f"patience must be positive, got patience={self.patience}")
         if not callable(resolve(self.module, self.forward)):
@@ -149,6 +154,13 @@ class Subject:
         if inspect.ismethod(self.loss) and self.loss.__self__ is self.module:
             return self.loss.__func__.__get__(module)  # type: ignore[no-any-return]
         return copy.deepcopy(self.loss) if isinstance(self.loss, nn.Module) else self.loss
+
+
+def _is_a_device(name: str) -> bool:
+    try:
+        return torch.device(name).type != "meta"
+    except RuntimeError:
+        return False
 
 
 def _names(state: object) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
@@ -34,15 +35,18 @@ def train(
     *,
     skip: int = 0,
     validation: Batches = (),
+    processes: int = 1,
+    strategy: str = "auto",
 ) -> BaseException | None:
     """Train the subject's module on the batches from number `skip` on.
 
-    Before the last batch, Lightning validates on the batches for `validation`, if there are any.
+    Before the last batch, Lightning validates on the batches for `validation`, if there are any. As
+    one of several processes, it is trained by the `strategy` that has this name in Lightning.
     """
     if subject.disturbed is not None:
         batches = [subject.disturbed(batch) for batch in batches]
     with subject.around(subject) if subject.around else nullcontext():
-        return _trained(subject, batches, watch, skip, validation)
+        return _trained(subject, batches, watch, skip, validation, _among(processes, strategy))
 
 
 def is_lightnings(kind: object) -> bool:
@@ -57,13 +61,18 @@ def validates(module: object) -> bool:
 
 
 def _trained(
-    subject: Subject, batches: Batches, watch: Watching, skip: int, validation: Batches
+    subject: Subject,
+    batches: Batches,
+    watch: Watching,
+    skip: int,
+    validation: Batches,
+    among: dict[str, Any],
 ) -> BaseException | None:
     module = subject.module
     if subject.train is not None:
         return _with_function(subject, subject.train, batches, watch, skip)
     if isinstance(module, pl.LightningModule):
-        return _with_lightning(subject, module, batches, watch, skip, validation)
+        return _with_lightning(subject, module, batches, watch, skip, validation, among)
     raise ObservationError(
         f"{type(module).__name__} is no LightningModule: say how it is trained with "
         "Subject(..., train=...), a function of the module and its batches"
@@ -80,11 +89,11 @@ def _with_lightning(
     watch: Watching,
     skip: int,
     validation: Batches,
+    among: dict[str, Any],
 ) -> BaseException | None:
     teller = _Teller(watch, skip, validates_after=len(batches) - 2 if validation else -1)
     trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
+        accelerator=torch.device(subject.device).type,
         max_epochs=1,
         logger=DummyLogger(),
         callbacks=[teller],
@@ -95,7 +104,8 @@ def _with_lightning(
         val_check_interval=1,
         inference_mode=False,  # in which torch would refuse a state left by validation, not we
         num_sanity_val_steps=0,
-        **_in_precision(subject.precision),
+        **among,
+        **_in_precision(subject.precision, torch.device(subject.device).type),
     )
     original = module.training_step
     own = "training_step" in vars(module)
@@ -136,11 +146,16 @@ def _with_lightning(
     return None
 
 
-def _in_precision(precision: Precision | None) -> dict[str, Any]:
+def _among(processes: int, strategy: str) -> dict[str, Any]:
+    """Return what tells a Trainer that it is one of several processes, each with its own data."""
+    return {"devices": processes, "strategy": strategy, "use_distributed_sampler": False}
+
+
+def _in_precision(precision: Precision | None, device: str) -> dict[str, Any]:
     """Return what tells a Trainer in which precision to train."""
     if precision == "bf16-mixed" or precision == "16-mixed":
         # By the plugin itself: told by its name, Lightning has no float16 on the CPU.
-        return {"plugins": [MixedPrecision(precision, "cpu")]}
+        return {"plugins": [MixedPrecision(precision, device)]}
     return {"precision": precision or "32-true"}  # in which nothing is cast, be it float64
 
 

@@ -34,6 +34,7 @@ from tbptt_props.aims import targets_of
 from tbptt_props.batch import Batch
 from tbptt_props.byhand import BY_HAND, Rate
 from tbptt_props.compare import difference, same, scaling
+from tbptt_props.device import drawn
 from tbptt_props.forward import Arguments, Forward
 from tbptt_props.graph import (
     any_within,
@@ -191,8 +192,9 @@ class Watch:
         self.subject = subject
         self.plan = plan
         self.module = subject.module
+        self.device = torch.device(subject.device).type
         self.hand_on = hand_on
-        self.pristine = [batch.copied() for batch in batches]
+        self.pristine = [batch.copied().moved(subject.device) for batch in batches]
         self.forward = Forward(subject)
         self.names = {id(p): name for name, p in self.module.named_parameters()}
         self.open: list[_LiveCall] = []
@@ -419,7 +421,7 @@ class Watch:
         returned = original(*args, **kwargs)
         self.in_forward = None
         live.closed = sequence_number()
-        live.drew = not torch.equal(torch.get_rng_state(), live.snapshot.randomness[0])
+        live.drew = not torch.equal(drawn(), live.snapshot.randomness[0])
         predicted, after = self._came_out(returned, arguments, before)
         with self._own_code():
             self.last_state = value_of(after)
@@ -573,8 +575,8 @@ class Watch:
             trainable=frozenset(n for n, p in self.module.named_parameters() if p.requires_grad),
             attributes=plain_attributes(self.module),
             randomness=randomness(),
-            autocast=autocast_in_force(),
-            keeps_casts=keeps_casts(),
+            autocast=autocast_in_force(self.device),
+            keeps_casts=keeps_casts(self.device),
         )
 
     def _note_moves(self, until: str) -> None:
@@ -1336,7 +1338,7 @@ def _unpacked(packed: PackedSequence, places: Tensor | None) -> Tensor | None:
         return places
     laid_out = places.reshape(len(packed.batch_sizes), -1, 2).transpose(0, 1)
     order = packed.unsorted_indices
-    return laid_out if order is None else laid_out[order]
+    return laid_out if order is None else laid_out[order.cpu()]
 
 
 def _without(context: int, places: Tensor | None) -> Tensor | None:

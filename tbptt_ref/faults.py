@@ -18,12 +18,13 @@ from torch.optim import SGD, Adam, Optimizer
 
 from tbptt_ref import (
     faults_precision,
+    faults_processes,
     faults_side_effects,
     faults_state,
     faults_time,
     faults_update,
 )
-from tbptt_ref.module import TruncatedRNN
+from tbptt_ref.module import PLAIN_SGD, TruncatedRNN
 
 Need = Literal[
     "two time steps in a chunk",
@@ -235,4 +236,13 @@ UNDER_PRECISION: tuple[tuple[Literal["32-true", "bf16-mixed", "16-mixed"], Fault
     ("32-true", Fault(faults_precision.KeepsItsCastWeights, ("two chunks",), optimizer=MOMENTUM)),
     ("bf16-mixed", Fault(faults_precision.CarriesAHalfState, ("two chunks",), core=nn.GRU)),
     ("16-mixed", Fault(faults_precision.ClipsScaledGradients, core=nn.GRU, optimizer=MOMENTUM)),
+)
+
+# Harmless in a single process: several have to train together.
+AMONG_PROCESSES: tuple[Fault, ...] = (
+    Fault(faults_update.CallsBackwardItself),
+    Fault(faults_processes.BlocksSynchronisation),
+    Fault(faults_processes.SynchronisesOncePerBatch, ("two chunks",)),
+    Fault(faults_processes.FollowsItsOwnLoss, optimizer=PLAIN_SGD),
+    Fault(faults_processes.SkipsEasyChunks),
 )

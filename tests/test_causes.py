@@ -122,8 +122,12 @@ CAUSES = {
 }
 
 
-# Of faults that do harm in mixed precision alone: tried in test_precision.
-ELSEWHERE = {"cast_weights_are_kept", "scaled_gradients_are_changed"}
+# Of faults that do harm in some settings alone: tried in test_precision and test_device.
+ELSEWHERE = {
+    "something_is_on_another_device",
+    "cast_weights_are_kept",
+    "scaled_gradients_are_changed",
+}
 
 
 def judged(fault: Fault) -> tb.Report:
