@@ -9,6 +9,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
@@ -22,6 +23,8 @@ from tbptt_props.state import leaves, map_tensors, value_of
 from tbptt_props.subject import Subject, resolve
 
 Original = Callable[..., Any]
+
+LIBRARIES = ("torch", "lightning", "pytorch_lightning", "numpy")  # whose objects hold no state
 
 
 @dataclass(frozen=True)
@@ -326,11 +329,18 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
         prefix = f"{path}." if path else ""
         kinds = (Tensor, tuple, list, dict)
         for name, value in vars(part).items():
-            plain = value is None or isinstance(value, kinds) or is_dataclass(value)
+            plain = value is None or isinstance(value, kinds) or _is_users(value)
             if plain and name not in inherited:
                 yield prefix + name, value
         for name, buffer in part.named_buffers(recurse=False):
             yield prefix + name, buffer
+
+
+def _is_users(value: Any) -> bool:
+    """Tell whether an object is of a class of the user's, and no module: one may hold a state."""
+    library = type(value).__module__.partition(".")[0] in (*sys.stdlib_module_names, *LIBRARIES)
+    plain = hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module))
+    return is_dataclass(value) or (plain and not library and not callable(value))
 
 
 def _parameters_of(forward: Original) -> tuple[list[str], list[str], bool]:

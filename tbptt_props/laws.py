@@ -8,13 +8,15 @@ objects and at equal shapes, so that they need no tolerance.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tbptt_props.batch import Batch
 from tbptt_props.case import Case
@@ -38,7 +40,7 @@ from tbptt_props.state import leaves, map_tensors, same_layout, value_of
 from tbptt_props.subject import Subject
 from tbptt_props.trace import REWORKED, Chunk, Ending, Rerun, Rule, Span, Tensors, time_dimension
 from tbptt_props.train import train
-from tbptt_props.watch import Training, Watch, plain_attributes
+from tbptt_props.watch import Training, Watch, plain_attributes, rates_of
 
 Fresh = Callable[[], Subject]
 LATEST = 4  # boundaries at which a run may be resumed
@@ -198,7 +200,9 @@ def _numbers_and_text(module: nn.Module) -> dict[str, dict[str, Any]]:
     }
 
 
-def ending(module: nn.Module, training: Training, state: Any) -> Ending:
+def ending(
+    module: nn.Module, training: Training, state: Any, rates: Sequence[float] = ()
+) -> Ending:
     """Write down what a run left, without a copy: nobody trains on."""
     names = {id(p): name for name, p in module.named_parameters()}
     memory: dict[str, Tensor] = {}
@@ -211,6 +215,7 @@ def ending(module: nn.Module, training: Training, state: Any) -> Ending:
         buffers=_detached(dict(module.named_buffers())),
         memory=_detached(memory),
         state=_detached(leaves(state)),
+        rates={"lr": torch.tensor(rates)},
     )
 
 
@@ -315,6 +320,8 @@ def _rerun(
             anew = _cut(batches, left, lambda part: part) or cut
             again = _gone_on(fresh(), anew, thorough, first, where)
             rerun = again if _alike(again) else rerun
+    if not _alike(rerun) and not _at_the_same_rates(rerun):
+        return Rerun(where, missing="learning rates that no count of the loop's own goes into")
     if not left.start or _alike(rerun):
         return rerun
     shorter = (_cut(batches, left, lambda part: part) or cut)[left.batch].lengths_cut(left.start)
@@ -344,11 +351,11 @@ def _gone_on(
 ) -> Rerun:
     going_on = _GoingOn(subject, left, longest=max(b.inputs.shape[1] for b in batches))
     wholes = [batch.whole for batch in batches]
-    with going_on.forward.replaced(going_on.called):
+    with going_on.forward.replaced(going_on.called), going_on.noting_rates():
         error = going_on.watchdog.over(lambda: train(subject, wholes, going_on, skip=left.batch))
     if error is not None:
         return Rerun(where, problem=f"the fresh run raised {type(error).__name__}: {error}")
-    second = ending(subject.module, going_on.training, going_on.state)
+    second = ending(subject.module, going_on.training, going_on.state, going_on.rates)
     bitwise = going_on.layout == left.layout and repeats_itself(subject.device)
     return Rerun(where, first, second, bitwise=bitwise)
 
@@ -364,6 +371,14 @@ def _alike(rerun: Rerun) -> bool:
     )
 
 
+def _at_the_same_rates(rerun: Rerun) -> bool:
+    """Tell whether the updates of a second run had the learning rates of those it repeats."""
+    if rerun.first is None or rerun.second is None:
+        return True
+    rates = rerun.second.rates["lr"]
+    return torch.equal(rerun.first.rates["lr"][-len(rates) :] if len(rates) else rates, rates)
+
+
 class _GoingOn:
     """Starts a fresh run from a checkpoint."""
 
@@ -377,7 +392,22 @@ class _GoingOn:
         self.entered: dict[str, Tensor] | None = None
         self.layout: Any = None
         self.state: Any = None
+        self.rates: list[float] = []
         self.watchdog = Watchdog(subject.patience, longest=longest)
+
+    @contextlib.contextmanager
+    def noting_rates(self) -> Iterator[None]:
+        """Note the learning rate of each update within the block."""
+
+        def note(optimizer: Any, *called: Any) -> None:
+            if any(optimizer is known for known in self.training.optimizers):
+                self.rates += rates_of(optimizer)
+
+        noting = register_optimizer_step_pre_hook(note)
+        try:
+            yield
+        finally:
+            noting.remove()
 
     def training_begun(self, training: Training) -> None:
         self.training = training

@@ -176,7 +176,7 @@ def _with_reruns(
     if trace.diverged:
         unequal = Rerun("", missing=trace.diverged)  # infinities are equal whatever they come from
         return replace(trace, one_chunk=unequal, resumed=unequal, alone=unequal)
-    first = laws.ending(watch.module, watch.training, watch.last_state)
+    first = laws.ending(watch.module, watch.training, watch.last_state, watch.rates)
     return replace(
         trace,
         one_chunk=laws.one_chunk(fresh, batches, marks, first, watch),

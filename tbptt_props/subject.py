@@ -41,10 +41,12 @@ class Subject:
     Args:
         module: a LightningModule with manual optimization, as its author wrote it.
         loss: `loss(prediction, target)`, a scalar: the chunk's loss as the module trains on it.
+            Several predictions come as forward returns them, in a dict, say. Targets come as
+            the batch has them, or laid out as the prediction is where that explains the loss.
             Without it, the loss and what follows from it are not judged.
         forward: the call that runs a chunk, `(x, state) -> (prediction, state)`, by the name of a
             method or a submodule. A module whose own forward its loop never calls, and that has
-            one recurrent layer of torch's, is judged by that layer's calls, without a loss.
+            one recurrent layer or cell of torch's, is judged by that one's calls, without a loss.
             Inputs (B, K, I), predictions (B, K, O), or any other layout with the features last.
         state: where the state is, if it is not forward's second argument and the second of what
             it returns: the names of several arguments, returned in that order behind the

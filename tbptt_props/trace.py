@@ -295,6 +295,7 @@ class Ending:
     buffers: Tensors
     memory: Tensors
     state: Tensors
+    rates: Tensors = field(default_factory=dict)  # learning rates, in the order of the updates
 
 
 @dataclass(frozen=True)

@@ -212,6 +212,7 @@ class Watch:
         self.outlived: list[str] = []
         self.watched = 0
         self.ended: tuple[int, int, Call] | None = None  # the last chunk: batch, calls, the last
+        self.rates: list[float] = []  # of updates, in their order
         self.trained: set[tuple[int, frozenset[str]]] = set()  # parameters, by batch and chunk
         self.batch = -1
         self.fresh_batch = False
@@ -933,6 +934,8 @@ class Watch:
         self.optimized = True
         rules: list[Rule] = []
         self.steps.append((object(), optimizer, rules))
+        if any(optimizer is known for known in self.training.optimizers):
+            self.rates += rates_of(optimizer)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             rules.append(self._rule(optimizer))
@@ -1277,6 +1280,11 @@ class Watch:
             if then is None or now.shape != then.shape or same(now, then):
                 continue
             self.changed.append((index, difference(name, now, then)))
+
+
+def rates_of(optimizer: Optimizer) -> list[float]:
+    """Return the learning rate of each of an optimizer's groups."""
+    return [float(group.get("lr", 0.0)) for group in optimizer.param_groups]
 
 
 def _only_layer(module: nn.Module) -> str | None:

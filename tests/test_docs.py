@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from gallery.correct import CORRECT
 from gallery.other_shapes import OTHER
+from gallery.strangers import RIGHT
 
 ROOT = Path(__file__).parent.parent
 HABITS = (ROOT / "docs" / "habits.md").read_text()
@@ -28,7 +29,7 @@ def test_what_is_said_to_be_judged_is_shown_by_a_loop(row: list[str]) -> None:
     examples = {path.stem for path in (ROOT / "examples").glob("*.py")}
 
     assert bool(loops) == status.startswith("judged")
-    assert set(loops) <= CORRECT.keys() | OTHER.keys() | examples
+    assert set(loops) <= CORRECT.keys() | OTHER.keys() | RIGHT.keys() | examples
 
 
 def test_what_a_row_has_said_of_a_subject_can_be_said_of_one() -> None:

@@ -490,6 +490,7 @@ def test_an_ending_names_what_an_optimizer_remembers_by_optimizer_and_parameter(
         "buffers": [],
         "memory": ["SGD[0].bias['momentum_buffer']", "SGD[0].weight['momentum_buffer']"],
         "state": ["state[0]", "state[1]['c']"],
+        "rates": ["lr"],
     }
 
 

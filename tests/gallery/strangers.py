@@ -220,6 +220,64 @@ class OwnSchedule(Loop):
         self.schedule.step()
 
 
+class ScheduledByFraction(Loop):
+    """The schedule goes by how much of the batch is done, as torch's documentation has it."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        return [optimizer], [optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 5)]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        schedule: Any = self.lr_schedulers()
+        state = None
+        chunks = [*zip(*(part.split(self.k, dim=1) for part in batch), strict=True)]
+        for i, (x, y) in enumerate(chunks):
+            state = self.train_on(x, y, state)
+            schedule.step(batch_idx + i / len(chunks))
+
+
+class Holder:
+    """Has room for a state."""
+
+    def __init__(self) -> None:
+        self.state: Any = None
+
+
+class StateInAHolder(Loop):
+    """The state is kept by an object of a class of one's own."""
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.holder = Holder()
+
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        prediction, self.holder.state = super().forward(x, self.holder.state)
+        return prediction
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        self.holder.state = None
+        for x, y in zip(*(part.split(self.k, dim=1) for part in batch), strict=True):
+            opt.zero_grad()
+            self.manual_backward(self.loss(self(x), y))
+            opt.step()
+            self.holder.state = self.cut(self.holder.state)
+
+
+class HolderDropsIt(StateInAHolder):
+    """The object forgets the state with each chunk."""
+
+    def cut(self, state: Any) -> Any:
+        return None
+
+
+class HolderKeepsItsGraph(StateInAHolder):
+    """The state in the object keeps its graph."""
+
+    def cut(self, state: Any) -> Any:
+        return state
+
+
 class Adversarial(Loop):
     """A discriminator has an optimizer of its own, toggled, and a backward past forward."""
 
@@ -577,6 +635,8 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
         {"gradients_span_the_whole_chunk"},
     ),
     "own_schedule": (told(OwnSchedule), set()),
+    "scheduled_by_fraction": (told(ScheduledByFraction), set()),
+    "state_in_a_holder": (told(StateInAHolder), set()),
     "adversarial": (
         told(Adversarial, loss=None),
         OF_A_LOSS,
@@ -623,5 +683,7 @@ WRONG: dict[str, tuple[Build, str]] = {
         told(ClipsToAnother, contract=tb.Contract(clip_norm=0.1)),
         "gradients_are_the_chunks_own",
     ),
+    "holder_drops_it": (told(HolderDropsIt), "state_crosses_every_boundary"),
+    "holder_keeps_its_graph": (told(HolderKeepsItsGraph), "graph_crosses_no_boundary"),
     "noisy_state_dropped": (told(NoisyStateDropped), "state_crosses_every_boundary"),
 }
