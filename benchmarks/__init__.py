@@ -1,1 +1,1 @@
-"""What judging costs, as ratios to bare training; nothing here is a test."""
+"""What judging costs, as ratios to bare training, and how far it can be trusted; no tests."""

@@ -9,8 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tbptt_props.alike import verify_devices as verify_devices
     from tbptt_props.case import Case as Case
     from tbptt_props.contract import Contract as Contract
+    from tbptt_props.ddp import verify_ddp as verify_ddp
     from tbptt_props.judge import check as check
     from tbptt_props.judge import verify as verify
     from tbptt_props.observation import observe as observe
@@ -61,6 +63,8 @@ _HOMES = {
     "sequence_lengths": "strategies",
     "states": "strategies",
     "verify": "judge",
+    "verify_ddp": "ddp",
+    "verify_devices": "alike",
 }
 
 

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -51,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         "that could be judged hold, 1 if one is broken, 2 if the subject can't be judged.",
     )
     check.add_argument("subject", metavar="module.path:build", help="a function of a Case")
-    check.add_argument("--max-examples", type=int, default=100, metavar="N", help="cases to try")
+    check.add_argument("--max-examples", type=int, metavar="N", help="cases to try (100)")
     check.add_argument("--seed", type=int, metavar="N", help="repeat the search of this seed")
     check.add_argument(
         "--sensitivity",
@@ -71,6 +72,14 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="try the cases kept there first, and keep there the smallest that break a property",
     )
+    check.add_argument("--device", choices=["cpu", "cuda"], help="where to train; cpu by default")
+    check.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="train in so many processes together, and judge what they share (10 cases by default)",
+    )
     for size in _sizes():
         check.add_argument(f"--{size}", type=int, metavar="N", help=f"fix {size} of every case")
     replay = commands.add_parser(
@@ -81,6 +90,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     replay.add_argument("subject", metavar="module.path:build", help="a function of a Case")
     replay.add_argument("case", metavar="CASE", help="as in 'Case(steps=5, chunk=2)'")
+    init = commands.add_parser(
+        "init",
+        help="write a test file for a LightningModule",
+        description="Find out how a LightningModule is built, fed and cut into chunks by training "
+        "it, tell what was seen, and write a test file that judges it; what can't be known stands "
+        "in it as a question. Exit code 0 if the file was written, 2 if not.",
+    )
+    init.add_argument("module", metavar="package.module:Class", help="a LightningModule")
+    init.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="by default tests/test_CLASS_tbptt.py"
+    )
     show = commands.add_parser(
         "show",
         help="print a kept case as a script",
@@ -113,16 +133,20 @@ def _check(options: argparse.Namespace) -> int:
     from tbptt_props.subject import ObservationError
 
     fixed = {size: value for size in _sizes() if (value := getattr(options, size)) is not None}
-    progress = _Progress(options.max_examples)
+    if options.processes != 1:
+        return _check_processes(options, build, fixed)
+    most = 100 if options.max_examples is None else options.max_examples
+    progress = _Progress(most)
     try:
         report = verify(
             build,
-            max_examples=options.max_examples,
+            max_examples=most,
             seed=options.seed,
             on_case=progress.show,
             sensitivity=options.sensitivity,
             first=_kept_for(options.subject, options.keep),
             edition=options.edition or edition_in(Path.cwd()),
+            device=options.device,
             **fixed,
         )
     except (ObservationError, ValueError, TypeError) as error:
@@ -134,6 +158,34 @@ def _check(options: argparse.Namespace) -> int:
     _hand_out(report, options, lambda broken: f"{command} {shlex.quote(repr(broken.case))}")
     if report.status == "not judged":
         raise Misused(f"{options.subject}: nothing could be judged")
+    return BROKEN if report.broken else HOLDS
+
+
+def _check_processes(
+    options: argparse.Namespace, build: Callable[..., Any], fixed: dict[str, int]
+) -> int:
+    from tbptt_props.ddp import verify_ddp
+    from tbptt_props.subject import ObservationError
+
+    if options.sensitivity:
+        raise Misused("--sensitivity breaks a loop in one process: leave out --processes")
+    if options.device == "cuda":
+        raise Misused("several processes train on the CPU: leave out --device")
+    most = 10 if options.max_examples is None else options.max_examples
+    try:
+        report = verify_ddp(
+            build,
+            processes=options.processes,
+            max_examples=most,
+            seed=options.seed,
+            timeout=10.0,
+            uneven=False,
+            strategy="ddp",
+            **fixed,
+        )
+    except (ObservationError, ValueError, TypeError) as error:
+        raise _misused(options.subject, error) from error
+    print(report.as_text())
     return BROKEN if report.broken else HOLDS
 
 
@@ -155,6 +207,32 @@ def _replay(options: argparse.Namespace) -> int:
     for verdict in report.broken:
         _say(f"\n{failure_text(report, verdict)}")
     return BROKEN if report.broken else HOLDS
+
+
+def _init(options: argparse.Namespace) -> int:
+    kind = _load(options.module)
+    from tbptt_props import wiring
+    from tbptt_props.report import WIDTH
+
+    module = options.module.partition(":")[0]
+    try:
+        found = wiring.drafted(kind, module)
+    except wiring.Unknown as error:
+        raise Misused(f"{options.module}: {error}") from error
+    file = options.output or _beside_tests(f"{found.draft.test}_tbptt.py")
+    if file.exists():
+        raise Misused(f"{file} exists already: name another one with --output")
+    file.write_text(found.draft.source(), encoding="utf-8")
+    print(options.module, *wiring.told(found), "", sep="\n")
+    for question in found.draft.questions:
+        print(textwrap.fill(f"question: {question}", WIDTH, subsequent_indent="  "), end="\n\n")
+    print(f"Written: {file}. Read it, then run: pytest {shlex.quote(str(file))}")
+    return HOLDS
+
+
+def _beside_tests(name: str) -> Path:
+    tests = Path("tests")
+    return tests / name if tests.is_dir() else Path(name)
 
 
 def _hand_out(report: Any, options: argparse.Namespace, replay: Callable[[Any], str]) -> None:
@@ -306,7 +384,13 @@ class _Progress:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
-COMMANDS = {"check": _check, "replay": _replay, "show": _show, "faults": _faults}
+COMMANDS = {
+    "check": _check,
+    "replay": _replay,
+    "show": _show,
+    "init": _init,
+    "faults": _faults,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

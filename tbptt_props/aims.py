@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tbptt_props.batch import Batch
-from tbptt_props.compare import close
+from tbptt_props.layout import as_the_loss_takes, explains
 from tbptt_props.places import time_first
 from tbptt_props.trace import Place
 
@@ -39,7 +39,8 @@ def targets_of(
         its_own = prediction
         if candidate.shape != places.shape:
             its_own = prediction.index_select(_time(places), _used(cotangent, places))
-        if _explains(loss, its_own, batch.targets_at(candidate), found):
+        due = as_the_loss_takes(loss, its_own, batch.targets_at(candidate), found)
+        if explains(loss, its_own, due, found):
             return tuple((int(b), int(t)) for b, t in candidate.reshape(-1, 2).tolist())
     return None
 
@@ -48,7 +49,7 @@ def _candidates(cotangent: Tensor | None, steps: int, places: Tensor) -> Iterato
     yield places
     if places.dim() != 3 or cotangent is None or cotangent.shape[:2] != places.shape[:2]:
         return
-    used = places.index_select(_time(places), _used(cotangent, places))
+    used = places.index_select(_time(places), _used(cotangent, places).cpu())
     for shift in sorted(range(-FURTHEST, FURTHEST + 1), key=abs):
         for base in (used, places):
             moved = base + torch.tensor([0, shift])
@@ -67,14 +68,3 @@ def _used(cotangent: Tensor | None, places: Tensor) -> Tensor:
     assert cotangent is not None
     flat = cotangent.movedim(_time(places), 0).flatten(1)
     return flat.ne(0).any(dim=1).nonzero().flatten()
-
-
-def _explains(
-    loss: Callable[[Tensor, Any], Tensor], prediction: Tensor, target: Any, found: float
-) -> bool:
-    try:
-        with torch.no_grad():
-            due = loss(prediction, target)
-    except Exception:  # a stranger's loss may not take such sizes
-        return False
-    return due.numel() == 1 and close(torch.tensor(found, dtype=due.dtype), due.reshape(()))

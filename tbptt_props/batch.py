@@ -82,6 +82,12 @@ class Batch:
         """Return a copy that shares no memory with it, but within itself as it does."""
         return Batch.of(copy.deepcopy(self.whole), self.parts)
 
+    def moved(self, device: str) -> Batch:
+        """Return it on a device."""
+        if device == "cpu":
+            return self
+        return Batch.of(map_tensors(lambda tensor: tensor.to(device), self.whole), self.parts)
+
     def converted(self, dtype: torch.dtype) -> Batch:
         """Return it with its floating-point tensors in `dtype`."""
         if all(t.dtype == dtype or not t.is_floating_point() for t in leaves(self.whole).values()):
@@ -105,7 +111,7 @@ class Batch:
         def cut(tensor: Tensor) -> Tensor:
             if id(tensor) == uncut:
                 return tensor
-            for dim in (1, 0) if first else (0, 1):
+            for dim in (1, 0, 2) if first else (0, 1, 2):
                 if _runs_along(tensor, dim, sequences, steps):
                     return change(tensor.narrow(dim, start, tensor.shape[dim] - start - left_out))
             return tensor
@@ -186,6 +192,10 @@ def _checked(parts: Any) -> tuple[Tensor, Any]:
 
 def _runs_along(tensor: Tensor, dim: int, sequences: int, steps: int) -> bool:
     """Tell whether time runs along a dimension, be it with one more step for shifted targets."""
-    if tensor.dim() < 2:
+    if tensor.dim() < max(2, dim + 1):
         return False
+    if dim == 2:  # behind the features, as of a convolution
+        return (
+            tensor.dim() == 3 and len(tensor) == sequences and tensor.shape[2] in (steps, steps + 1)
+        )
     return tensor.shape[1 - dim] == sequences and tensor.shape[dim] in (steps, steps + 1)

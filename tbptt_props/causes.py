@@ -56,7 +56,7 @@ def state_changes_its_type(seen: Evidence) -> bool:
     its layers
     """
     found = re.search(r"'(tuple|list)' object has no attribute '(\w+)'", seen.error)
-    return found is not None and found[2] != "detach"
+    return found is not None and found[2] != "detach" and bool(seen.looks)
 
 
 def forward_detaches_within_a_chunk(seen: Evidence) -> bool:
@@ -603,6 +603,27 @@ def loss_is_scaled(seen: Evidence) -> bool:
     )
 
 
+def cast_weights_are_kept(seen: Evidence) -> bool:
+    """Autocast casts the weights once and keeps them so: later chunks run on those from before.
+
+    Try: with torch.autocast(...) around one chunk's forward and loss, not around the loop; or
+    torch.autocast(..., cache_enabled=False)
+    """
+    reached = [look for look in seen.looks if look.leaks and not any(k.through for k in look.leaks)]
+    return bool(reached) and all(look.keeps_casts for look in reached)
+
+
+def scaled_gradients_are_changed(seen: Evidence) -> bool:
+    """Gradients are clipped or changed while they are scaled up, as they are for float16.
+
+    Try: clip in on_before_optimizer_step(self, optimizer): by then Lightning has scaled them down
+    again, inside of optimizer.step(); in a loop without it, scaler.unscale_(optimizer) before
+    """
+    pairs = [(k.loss, k.due) for k in seen.looks if k.autocast == "torch.float16" and k.updates]
+    ratios = [loss / due for loss, due in pairs if due and loss / due > 1]
+    return bool(ratios) and all(is_near(r, 2.0 ** round(math.log2(r))) for r in ratios)
+
+
 def the_loss_is_another_one(seen: Evidence) -> bool:
     """Another loss is trained on than the one that the kit was told.
 
@@ -696,6 +717,15 @@ def automatic_optimization_is_on(seen: Evidence) -> bool:
     through = [look.through for look in seen.looks]
     by_itself = False in through and through == _last_of_each_batch(seen)
     return by_itself or "automatic_optimization" in seen.error
+
+
+def something_is_on_another_device(seen: Evidence) -> bool:
+    """A state, a mask or a batch lies on another device than the module.
+
+    Try: torch.zeros(..., device=x.device), or x.new_zeros(...), and register_buffer for what the
+    module keeps
+    """
+    return "same device" in seen.error or "not on the expected device" in seen.error
 
 
 def short_sequences_are_refused(seen: Evidence) -> bool:
@@ -925,10 +955,19 @@ SILENT = frozenset({MANUAL, COUNTED, GONE, LEARNS})  # broken by what has none
 
 # Which properties each mistake breaks, besides; the special before the general.
 FINGERPRINTS: tuple[Group, ...] = (
-    ((END,), (a_container_is_detached, state_changes_its_type, short_sequences_are_refused)),
+    (
+        (END,),
+        (
+            a_container_is_detached,
+            state_changes_its_type,
+            short_sequences_are_refused,
+            something_is_on_another_device,
+        ),
+    ),
     ((TILE, GRADIENTS, ORDER, ONCE, MANUAL), (automatic_optimization_is_on,)),
     ((CUT, GONE, GRADIENTS), (state_is_detached_in_part, state_is_not_detached)),
-    ((CUT, GONE, GRADIENTS, LOSS), (losses_are_summed,)),
+    ((CUT, GONE, GRADIENTS, LOSS), (losses_are_summed, cast_weights_are_kept)),
+    ((LOSS, GRADIENTS), (scaled_gradients_are_changed,)),
     (
         (SPAN,),
         (features_are_cut_off, forward_runs_under_no_grad, forward_detaches_within_a_chunk),

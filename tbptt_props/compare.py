@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypedDict
 
 import torch
 from torch import Tensor
 
+from tbptt_props.precision import unit
 from tbptt_props.trace import Difference, Tensors, told_apart
 
 
@@ -24,6 +28,25 @@ EXACT: dict[torch.dtype, Tolerance] = {
     torch.float64: {"rtol": 1e-9, "atol": 1e-12},
     torch.float32: {"rtol": 1e-4, "atol": 1e-6},
 }
+ROUNDINGS = 8  # on the way through one time step, there and back
+
+# By what share of its largest entry a tensor may differ that products were rounded for.
+_ROUNDED: ContextVar[float] = ContextVar("rounded", default=0.0)
+
+
+@contextmanager
+def rounded_to(dtype: torch.dtype | None, steps: int) -> Iterator[None]:
+    """Allow for products rounded to `dtype` within the block, along so many time steps.
+
+    Roundings add up as a random walk does: n of them make the unit times the root of n. What comes
+    of a chunk is a sum whose terms may cancel out, so this is a share of the largest entry.
+    """
+    share = 0.0 if dtype is None else unit(dtype) * math.sqrt(ROUNDINGS * max(1, steps))
+    token = _ROUNDED.set(share)
+    try:
+        yield
+    finally:
+        _ROUNDED.reset(token)
 
 
 def same(one: Tensor, other: Tensor) -> bool:
@@ -32,6 +55,7 @@ def same(one: Tensor, other: Tensor) -> bool:
         return True
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
+    other = other.to(one.device)  # Lightning takes a module back to the CPU when it is done
     if torch.equal(one, other):
         return True
     return bool(((one == other) | (one.isnan() & other.isnan())).all())
@@ -43,13 +67,30 @@ def same_leaves(ones: Tensors, others: Tensors) -> bool:
     return len(ones) == len(others) and all(same(one, other) for one, other in pairs)
 
 
-def close(found: Tensor, due: Tensor) -> bool:
-    """Tell whether `found` is what was due, but for the order of sums."""
+def close(found: Tensor, due: Tensor, *, rounded: bool = True) -> bool:
+    """Tell whether `found` is what was due, but for the order of sums.
+
+    What products come to may be `rounded`; what is added up in full precision is not.
+    """
     if found.shape != due.shape:
         return False
+    due = due.to(found.device)
     if found.dtype == due.dtype and torch.equal(found, due):  # by far the commonest, and cheap
         return True
-    return torch.allclose(found, due, **_tolerance(found), equal_nan=True)
+    allowed = _tolerance(found)
+    if rounded and _ROUNDED.get():
+        allowed = {**allowed, "atol": allowed["atol"] + _ROUNDED.get() * _largest(due)}
+    wide = torch.promote_types(found.dtype, due.dtype)  # one may have been cast, as by autocast
+    return torch.allclose(found.to(wide), due.to(wide), **allowed, equal_nan=True)
+
+
+def _exact(found: Tensor, due: Tensor) -> bool:
+    return close(found, due, rounded=False)
+
+
+def _largest(tensor: Tensor) -> float:
+    finite = tensor.detach().abs().nan_to_num(0.0, 0.0)
+    return float(finite.max()) if tensor.numel() else 0.0
 
 
 def near(found: float, due: float, *, dtype: torch.dtype = torch.float64) -> bool:
@@ -77,7 +118,7 @@ def difference(name: str, found: Tensor, due: Tensor) -> Difference:
     if found.shape != due.shape:
         return _of_another_kind(name, f"shape {tuple(found.shape)}", f"shape {tuple(due.shape)}")
     with torch.no_grad():
-        one, other = _comparable(found), _comparable(due)
+        one, other = _comparable(found), _comparable(due.to(found.device))
         gap = (one - other).abs().nan_to_num(torch.inf)
         gap = torch.where((one == other) | (one.isnan() & other.isnan()), 0.0, gap)
     if found.dtype != due.dtype and not gap.any():
@@ -102,13 +143,15 @@ def _comparable(tensor: Tensor) -> Tensor:
     return tensor.detach().to(wide)
 
 
-def worst(found: Tensors, due: Tensors, *, bitwise: bool = False) -> Iterator[Difference]:
+def worst(
+    found: Tensors, due: Tensors, *, bitwise: bool = False, rounded: bool = True
+) -> Iterator[Difference]:
     """Yield, for each name, the entry that differs most, where two sets of tensors differ."""
     for name in due:
         one, other = found.get(name), due[name]
         if one is None:
             one = torch.zeros_like(other)
-        if not (same(one, other) if bitwise else close(one, other)):
+        if not (same(one, other) if bitwise else close(one, other, rounded=rounded)):
             yield difference(name, one, other)
 
 
@@ -129,8 +172,8 @@ def is_clipped(gradients: Tensors, handed: Tensors) -> bool:
     )
     return height > 0 and all(
         _scaled_down(gradients[name], g)
-        or close(g, gradients[name].clamp(-height, height))
-        or (factor < 1 and close(g, (gradients[name] * factor).clamp(-height, height)))
+        or _exact(g, gradients[name].clamp(-height, height))
+        or (factor < 1 and _exact(g, (gradients[name] * factor).clamp(-height, height)))
         or _rows_scaled_down(gradients[name], g)
         for name, g in changed.items()
     )
@@ -151,12 +194,12 @@ def _rows_scaled_down(before: Tensor, after: Tensor) -> bool:
     rows, shrunk = (tensor.reshape(len(tensor), -1) for tensor in (before, after))
     norms = rows.norm(dim=1, keepdim=True)
     factors = torch.where(norms > 0, shrunk.norm(dim=1, keepdim=True) / norms, 1.0)
-    return bool(((factors > 0) & (factors <= 1 + 1e-9)).all()) and close(shrunk, rows * factors)
+    return bool(((factors > 0) & (factors <= 1 + 1e-9)).all()) and _exact(shrunk, rows * factors)
 
 
 def _scaled_down(before: Tensor, after: Tensor) -> bool:
     factor = after.norm() / before.norm()
-    return bool(0 < factor < 1) and close(after, before * factor)
+    return bool(0 < factor < 1) and _exact(after, before * factor)
 
 
 def scaling(gradients: Tensors, handed: Tensors) -> tuple[float, float]:
@@ -174,13 +217,22 @@ def scaling(gradients: Tensors, handed: Tensors) -> tuple[float, float]:
     return float(after.norm() / before.norm()), float(after.norm())
 
 
-def clipped(gradients: Tensors, *, norm: float | None, value: float | None) -> Tensors:
-    """Return gradients clipped by their joint norm, or entry by entry; or as they are."""
+def clipped(
+    gradients: Tensors, *, norm: float | None, value: float | None, met: Tensors | None = None
+) -> Tensors:
+    """Return gradients clipped by their joint norm, or entry by entry; or as they are.
+
+    Where those that an update met are as well clipped by the very norm, these are due.
+    """
     if value is not None:
         return {name: g.clamp(-value, value) for name, g in gradients.items()}
     if norm is None or not gradients:
         return gradients
     total = torch.stack([g.norm() for g in gradients.values()]).norm()
-    # torch divides by the norm plus 1e-6, so as not to divide by zero.
-    factor = (norm / (total + 1e-6)).clamp(max=1.0)
-    return {name: g * factor for name, g in gradients.items()}
+    # torch divides by the norm plus 1e-6, so as not to divide by zero; others don't.
+    by_torch, by_hand = (
+        {name: g * (norm / (total + more)).clamp(max=1.0) for name, g in gradients.items()}
+        for more in (1e-6, 0.0)
+    )
+    exactly = met is not None and bool(total) and not any(worst(met, by_hand))
+    return by_hand if exactly else by_torch

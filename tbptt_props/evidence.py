@@ -66,6 +66,8 @@ class Look:
     rates: frozenset[float]  # learning rates
     another_optimizer: bool  # made the update than the one before
     remembers: bool  # the optimizer had a memory to go by
+    autocast: str = ""  # the dtype to which products were rounded, if they were
+    keeps_casts: bool = False  # weights are rounded once, and kept so
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,8 @@ def _look(link: Link, carried: frozenset[str], *, another: bool) -> Look:
         rates=frozenset(float(g["lr"]) for r in outcome.rules for g in r.groups if "lr" in g),
         another_optimizer=another,
         remembers=any(memory for rule in outcome.rules for memory in rule.memory.values()),
+        autocast=str(chunk.given.autocast or ""),
+        keeps_casts=chunk.given.keeps_casts,
     )
 
 

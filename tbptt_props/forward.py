@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tbptt_props.layout import joined
 from tbptt_props.process import randomness, set_randomness
 from tbptt_props.state import leaves, map_tensors, value_of
 from tbptt_props.subject import Subject, resolve
@@ -128,13 +129,21 @@ class Forward:
             positional.append(named.pop(name))
         return (*positional, *rest), named
 
-    def came_out(self, returned: Any) -> tuple[Tensor, Any] | None:
-        """Return (prediction, state) of what a call returned; None where it is of another kind."""
+    def came_out(self, returned: Any) -> tuple[Any, Any] | None:
+        """Return (prediction, state) of what a call returned; None where it is of another kind.
+
+        The prediction is a tensor, or several: a dict, or whatever is told to be the prediction.
+        """
         if self.outputs is not None:
             returned = self.outputs(returned)
+        elif isinstance(self.owner, nn.RNNCellBase):  # one of torch's returns the state alone
+            returned = (next(iter(leaves(returned).values()), None), returned)
         several = isinstance(returned, (tuple, list))
         prediction = returned[0] if several and returned else returned
-        if not isinstance(prediction, Tensor):
+        # A tuple may as well be a state that comes first, where nothing is told of it.
+        told = self.outputs is not None or bool(self.kept)
+        heads = told or (several and isinstance(prediction, Mapping))
+        if joined(prediction) is None or not (heads or isinstance(prediction, Tensor)):
             return None
         if self.kept:
             return prediction, self._read()
@@ -150,10 +159,29 @@ class Forward:
         """
         args, kwargs = self.handed_over(replace(arguments, state=state))
         found = self.came_out(getattr(self.owner, self.attribute)(*args, **kwargs))
-        if found is None:
+        pair = joined(found[0]) if found else None
+        if found is None or pair is None:
             raise TypeError("forward returns no pair (prediction, state) here")
         # What is kept is written over when the module is made ready for another call.
-        return (found[0], map_tensors(torch.clone, found[1])) if self.kept else found
+        return pair[0], map_tensors(torch.clone, found[1]) if self.kept else found[1]
+
+    def returns_several_predictions(self, arguments: Arguments, returned: Any) -> bool:
+        """Tell whether a pair's first part is several predictions, and not the state.
+
+        The second part is then the state: forward takes it, and makes another of its kind of it.
+        """
+        pair = isinstance(returned, tuple) and len(returned) == 2 and len(self.handed) == 1
+        if not pair or self.kept or joined(returned[0]) is None:
+            return False
+        if leaves(arguments.state):
+            return _shapes(arguments.state) == _shapes(returned[1]) != _shapes(returned[0])
+        args, kwargs = self.put(arguments, value_of(returned[1]))
+        try:
+            with torch.no_grad(), _undone(self.module):
+                _, again = getattr(self.owner, self.attribute)(*args, **kwargs)
+        except Exception:  # whatever a stranger's forward raises on what is no state of its own
+            return False
+        return _shapes(again) == _shapes(returned[1])
 
     def _read(self) -> dict[str, Any]:
         found = {name: resolve(self.module, name) for name in self.kept}

@@ -6,7 +6,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from itertools import count
 from typing import Any, cast
@@ -17,10 +17,12 @@ from hypothesis.errors import NoSuchExample, Unsatisfiable, UnsatisfiedAssumptio
 
 from tbptt_props.case import SIZES, Case
 from tbptt_props.causes import causes_of, likeliest
+from tbptt_props.compare import rounded_to
 from tbptt_props.contract import Contract
 from tbptt_props.editions import FIRST, known
 from tbptt_props.evidence import Looking
 from tbptt_props.observation import Fresh, batches_of, made_ready, observing, rewired, run
+from tbptt_props.precision import dtype_of, rounding
 from tbptt_props.properties import (
     PROPERTIES,
     LinkProperty,
@@ -81,31 +83,60 @@ def judge(
     return rewired(fresh, lambda wired: _in_its_dtype(wired, case, properties, name))
 
 
+class _Asked(Exception):
+    """Ends a run that was begun in another dtype, or elsewhere, than the subject asks for."""
+
+    def __init__(self, subject: Subject) -> None:
+        super().__init__()
+        self.precision, self.device = subject.precision, subject.device
+
+
 def _in_its_dtype(fresh: Fresh, case: Case, properties: Sequence[Property], name: str) -> Report:
-    report = _judge(fresh, case, properties, name, torch.float64)
-    if _halted_by_its_dtype(report):
-        again = _judge(fresh, case, properties, name, torch.float32)
-        if not _halted_by_its_dtype(again):
-            return again
-    return report
+    def judged(precision: str | None, device: str, dtype: torch.dtype | None = None) -> Report:
+        return _judge(fresh, case, properties, name, dtype or dtype_of(precision), device)
+
+    precision, device = None, "cpu"
+    try:
+        report = judged(precision, device)
+    except _Asked as asked:
+        precision, device = asked.precision, asked.device
+        report = judged(precision, device)
+    if precision is not None or not _halted_by_its_dtype(report):
+        return report
+    try:
+        again = judged(precision, device, torch.float32)
+    except _Asked:  # for float64
+        return report
+    return report if _halted_by_its_dtype(again) else again
 
 
 def _halted_by_its_dtype(report: Report) -> bool:
-    """Tell whether training raised what torch raises where numbers of two dtypes meet."""
-    error = report.trace.halt.error if report.trace and report.trace.halt else ""
+    return is_of_dtypes(report.trace.halt.error if report.trace and report.trace.halt else "")
+
+
+def is_of_dtypes(error: str) -> bool:
+    """Tell whether an error is what torch raises where numbers of two dtypes meet."""
     words = ("dtype", "scalar type", "Double", "Float")
     # An error about an operation in place names its tensor, and with it a dtype.
     return any(word in error for word in words) and "inplace operation" not in error
 
 
 def _judge(
-    fresh: Fresh, case: Case, properties: Sequence[Property], name: str, dtype: torch.dtype
+    fresh: Fresh,
+    case: Case,
+    properties: Sequence[Property],
+    name: str,
+    dtype: torch.dtype,
+    device: str,
 ) -> Report:
     of_links = [cast(LinkProperty, p) for p in properties if is_of_links(p)]
     of_runs = [cast(RunProperty, p) for p in properties if not is_of_links(p)]
     judged = {p.__name__: _Findings() for p in properties}
-    with observing(case, dtype):
-        twin = made_ready(fresh)
+    with observing(case, dtype, device):
+        built = fresh()
+        if _asks_for_another(built, dtype, device):
+            raise _Asked(built)
+        twin = made_ready(lambda: built)
         before: list[Chunk] = []
         looking = Looking()
         story = Storyteller()
@@ -114,25 +145,29 @@ def _judge(
 
         def judge_link(chunk: Chunk) -> None:
             number = next(numbers)
-            link = Link(
-                before[-1] if before else None,
-                chunk,
-                rederive(twin, chunk, slope=_looked_at(number), mixing=not number),
-                plans[chunk.batch],
-                twin.contract,
-            )
-            unclear = _not_finite(link)
-            found = {p.__name__: [] if unclear else list(_placed(p, link)) for p in of_links}
-            for name, on_link in found.items():
-                findings = judged[name]
-                findings.set_aside(unclear) if unclear else findings.add(on_link)
-            story.tell(link, {} if unclear else found, lambda: steps_reached(twin, chunk))
-            looking.at(link, alone=len(plans) == len(plans[0]) == 1)
+            with _rounded_as(chunk):
+                link = Link(
+                    before[-1] if before else None,
+                    chunk,
+                    rederive(twin, chunk, slope=_looked_at(number), mixing=not number),
+                    plans[chunk.batch],
+                    twin.contract,
+                )
+                unclear = _not_finite(link)
+                found = {
+                    p.__name__: [] if unclear else list(_placed(p, p(link), chunk))
+                    for p in of_links
+                }
+                for name, on_link in found.items():
+                    findings = judged[name]
+                    findings.set_aside(unclear) if unclear else findings.add(on_link)
+                story.tell(link, {} if unclear else found, lambda: steps_reached(twin, chunk))
+                looking.at(link, alone=len(plans) == len(plans[0]) == 1)
             before[:] = [chunk.light()]
 
         trace = run(fresh, case, judge_link)
         for p in of_runs:
-            judged[p.__name__].add(p(trace))
+            judged[p.__name__].add(_placed(p, p(trace), next(iter(trace.chunks), None)))
     broken = [name for name, findings in judged.items() if findings.violations]
     causes = causes_of(looking.evidence(trace, broken, _longest(twin.contract, case, plans)))
     verdicts = tuple(judged[p.__name__].verdict(p, case, causes) for p in properties)
@@ -141,11 +176,29 @@ def _judge(
     return Report(name, told, trace=trace, cases=(case,))
 
 
-def _placed(judged: LinkProperty, link: Link) -> Iterator[Finding]:
-    """Yield what a property finds of a link, with the user's line to look at."""
-    for finding in judged(link):
-        if isinstance(finding, Violation):
-            yield replace(finding, line=line_of(judged, link.chunk))
+def _asks_for_another(subject: Subject, dtype: torch.dtype, device: str) -> bool:
+    """Tell whether a subject is to be trained in another dtype or elsewhere."""
+    in_another = subject.precision is not None and dtype_of(subject.precision) != dtype
+    return in_another or subject.device != device
+
+
+def _rounded_as(chunk: Chunk) -> AbstractContextManager[None]:
+    """Allow for what products were rounded to in a chunk."""
+    autocast = chunk.given.autocast if chunk.given else None
+    start, stop = chunk.span or (0, 1)
+    return rounded_to(rounding(autocast), stop - start + chunk.context)
+
+
+def _placed(
+    judged: Property, findings: Iterator[Finding], chunk: Chunk | None
+) -> Iterator[Finding]:
+    """Yield what a property finds, with the user's line to look at; of a run, in its first chunk.
+
+    A loop is written once: what it does on a line in one chunk, it does there in every one.
+    """
+    for finding in findings:
+        if isinstance(finding, Violation) and chunk is not None:
+            yield replace(finding, line=line_of(judged, chunk))
         else:
             yield finding
 
@@ -223,6 +276,7 @@ def verify(
     sensitivity: bool = False,
     first: Sequence[Case] = (),
     edition: str = FIRST,
+    device: str | None = None,
     **fixed: int,
 ) -> Report:
     """Search for cases that break a property of what `build(case)` returns, and shrink them.
@@ -238,11 +292,12 @@ def verify(
         first: cases to try before the search, but for those that `build` assumes away or that have
             another size than is fixed.
         edition: properties that came later are previews, which fail nothing.
+        device: where to train what is built, "cpu" or "cuda", whatever the subject says.
         fixed: sizes of a case that the subject can't vary, by name.
 
     Raises:
-        ObservationError: a subject cannot be described, or `build` hands out a module twice, or
-            assumes every case away.
+        ObservationError: a subject cannot be described, there is no such device here, or `build`
+            hands out a module twice, or assumes every case away.
         TypeError: `build` can't be called, or does not return a subject.
         ValueError: `max_examples` is below 1, a size has no such name or value, or there is no such
             edition.
@@ -252,7 +307,7 @@ def verify(
         raise TypeError(f"build must be callable, got build={shortened(build)}")
     if max_examples < 1:
         raise ValueError(f"max_examples must be at least 1, got max_examples={max_examples}")
-    bench = Bench(build, properties)
+    bench = Bench(build, properties, device=device)
     number = random.SystemRandom().getrandbits(64) if seed is None else seed
     bench.try_first([case for case in first if _has(case, fixed)])
     examples = bench.search(cases(**fixed), number, max_examples, on_case)
@@ -288,9 +343,15 @@ class Bench:
     """Judges what a factory builds, once per case; remembers the verdicts, not the tensors."""
 
     def __init__(
-        self, build: Build, properties: Sequence[Property] = PROPERTIES, *, name: str = ""
+        self,
+        build: Build,
+        properties: Sequence[Property] = PROPERTIES,
+        *,
+        name: str = "",
+        device: str | None = None,
     ) -> None:
-        """Judge what `build` makes, under `name` or its own."""
+        """Judge what `build` makes, under `name` or its own, on `device` or the subject's own."""
+        self.device = device
         self.build = build
         self.name = name or _named(build)
         self.properties = properties
@@ -334,7 +395,7 @@ class Bench:
                     "object as the time before: build the module inside the function"
                 )
         self.last = subject
-        return subject
+        return subject if self.device is None else replace(subject, device=self.device)
 
     def try_first(self, first: Sequence[Case]) -> None:
         """Judge cases that broke something before, but for those that are assumed away now."""

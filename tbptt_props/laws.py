@@ -18,15 +18,25 @@ from torch import Tensor, nn
 
 from tbptt_props.batch import Batch
 from tbptt_props.case import Case
-from tbptt_props.compare import clipped, is_clipped, same, same_leaves
+from tbptt_props.compare import (
+    clipped,
+    close,
+    is_clipped,
+    rounded_to,
+    same,
+    same_leaves,
+    worst,
+)
 from tbptt_props.contract import Contract
+from tbptt_props.device import repeats_itself
 from tbptt_props.forward import Arguments, Forward
 from tbptt_props.places import span_of
+from tbptt_props.precision import SKIPPED, overflowed, rounding
 from tbptt_props.process import Watchdog, randomness, set_randomness
 from tbptt_props.rederivation import apply_rule, put_buffer, rederive, wraps_another
 from tbptt_props.state import leaves, map_tensors, same_layout, value_of
 from tbptt_props.subject import Subject
-from tbptt_props.trace import Chunk, Ending, Rerun, Rule, Span, Tensors, time_dimension
+from tbptt_props.trace import REWORKED, Chunk, Ending, Rerun, Rule, Span, Tensors, time_dimension
 from tbptt_props.train import train
 from tbptt_props.watch import Training, Watch, plain_attributes
 
@@ -137,7 +147,9 @@ def _checkpoint(watch: Watch, start: int, state: Any = None, handed: bool = Fals
         buffers={name: b.detach().clone() for name, b in watch.module.named_buffers()},
         attributes=_numbers_and_text(watch.module),
         trainable=_trainable(watch.module),
-        graded=frozenset(n for n, p in parameters.items() if p.grad is not None),
+        graded=frozenset(
+            n for n, p in parameters.items() if p.grad is not None and not p.grad.is_sparse
+        ),
         memory=tuple(copy.deepcopy(o.state_dict()) for o in watch.training.optimizers),
         schedules=tuple(copy.deepcopy(s.state_dict()) for s in watch.training.schedulers),
         randomness=randomness(),
@@ -223,9 +235,14 @@ def resumed(
     where = f"{f'batch {batch}, ' if batch else ''}from time step {start} on"
     if watch.subject.contract.carry == "custom" or watch.subject.contract.context:
         return Rerun(where, missing="a contract by which a chunk starts where the one before ended")
+    if any(chunk.reworked for chunk in watch.closed):
+        return Rerun(where, missing=REWORKED)
     unknown = _unknown_memory(watch)
     if unknown:
         return Rerun(where, missing=unknown)
+    if len({trained for i, trained in watch.trained if i == batch}) > 1:
+        # Optimizers take turns, by a count of the loop's own.
+        return Rerun(where, missing="chunks that all train the same parameters")
     if marks.boundary is None:
         if any(chunk.span is None for chunk in watch.closed):
             return Rerun(where, missing="inputs of forward are not the batch's own")
@@ -332,7 +349,8 @@ def _gone_on(
     if error is not None:
         return Rerun(where, problem=f"the fresh run raised {type(error).__name__}: {error}")
     second = ending(subject.module, going_on.training, going_on.state)
-    return Rerun(where, first, second, bitwise=going_on.layout == left.layout)
+    bitwise = going_on.layout == left.layout and repeats_itself(subject.device)
+    return Rerun(where, first, second, bitwise=bitwise)
 
 
 def _alike(rerun: Rerun) -> bool:
@@ -384,9 +402,7 @@ class _GoingOn:
             parameter.copy_(left.parameters[name])
             parameter.requires_grad_(name in left.trainable)
             parameter.grad = torch.zeros_like(parameter) if name in left.graded else None
-        for name, buffer in self.module.named_buffers():
-            if name in left.buffers:
-                put_buffer(self.module, name, buffer, left.buffers[name])
+        self._set_buffers()
         self._set_attributes()
         for optimizer, memory in zip(self.training.optimizers, left.memory, strict=True):
             optimizer.load_state_dict(copy.deepcopy(memory))
@@ -394,6 +410,12 @@ class _GoingOn:
             scheduler.load_state_dict(copy.deepcopy(schedule))
         self.training.set_updates(left.updates)
         set_randomness(left.randomness)
+
+    @torch.no_grad()
+    def _set_buffers(self) -> None:
+        for name, buffer in self.module.named_buffers():
+            if name in self.left.buffers:
+                put_buffer(self.module, name, buffer, self.left.buffers[name])
 
     def _set_attributes(self) -> None:
         for name, part in self.module.named_modules():
@@ -413,6 +435,7 @@ class _GoingOn:
         if self.entered is None:
             self.layout = _layout(arguments.x)
             if self.left.thorough:
+                self._set_buffers()
                 self._set_attributes()
                 self._set_rates()
             self.entered = {path: leaf.detach().clone() for path, leaf in handed.items()}
@@ -465,9 +488,8 @@ def one_chunk(
     if not rules:
         return Rerun(where, missing="the optimizers are not known")
     contract = watch.subject.contract
-    clips = any(is_clipped(chunk.outcome.gradients, rule.handed) for rule in chunk.outcome.rules)
-    if clips and not contract.clips:
-        return Rerun(where, missing="gradients are clipped, and the contract does not say how")
+    if overflowed(chunk):
+        return Rerun(where, missing=SKIPPED)
     if chunk.padded:
         return Rerun(where, missing="inputs of forward that are the batch's own, without padding")
     whole = batches[0].copied().cut(0, stop=marks.plan[0][0][1])  # without what is left out
@@ -477,13 +499,45 @@ def one_chunk(
     if due.missing or due.loss is None:
         unknown = "targets of which it is clear how they are laid out"
         return Rerun(where, missing=due.missing or unknown)
+    gradients = _up_to_rounding(chunk, due.gradients)
+    if gradients is None and not contract.clips:
+        return Rerun(where, missing="gradients are clipped, and the contract does not say how")
+    if contract.clips and chunk.given.autocast == torch.float16:
+        return Rerun(where, missing="a precision without a scaler: it scales what is clipped")
     try:
-        second = _ordinary(chunk, due.gradients, due.state, rules, contract)
+        second = _ordinary(chunk, gradients or due.gradients, due.state, rules, contract)
     except Exception as error:  # whatever a stranger's optimizer raises out of its place
         return Rerun(where, missing=f"one update could not be made ({error})")
     # Of an optimizer that is not known from outside, no memory is known at the end either.
     known = second if watch.training.optimizers else replace(second, memory={})
     return Rerun(where, first, known)
+
+
+def _met_by(rule: Rule, chunk: Chunk) -> Tensors | None:
+    """Return the gradients that an optimizer's update of the chunk met."""
+    assert chunk.outcome is not None
+    met = (r.handed for r in chunk.outcome.rules if r.optimizer is rule.optimizer)
+    return next(met, None)
+
+
+def _up_to_rounding(chunk: Chunk, due: Tensors) -> Tensors | None:
+    """Take the gradients that were found for those that are due, where they are close to them.
+
+    An update may make much of what was rounded. A scaler may have scaled them up for backward, and
+    down again. None where they were clipped on their way.
+    """
+    given, outcome, span = chunk.given, chunk.outcome, chunk.span
+    assert given is not None
+    assert outcome is not None
+    assert span is not None
+    handed = {name: g for rule in outcome.rules for name, g in rule.handed.items()}
+    with rounded_to(rounding(given.autocast), span[1] - span[0]):
+        scaled = bool(handed) and not any(worst(handed, {n: due[n] for n in handed if n in due}))
+        found = handed if scaled else outcome.gradients
+        near = {n: found[n] if n in found and close(found[n], g) else g for n, g in due.items()}
+    if not scaled and any(is_clipped(outcome.gradients, rule.handed) for rule in outcome.rules):
+        return None
+    return near
 
 
 def _as_set(rule: Rule, met: Sequence[Rule]) -> Rule:
@@ -542,7 +596,8 @@ def _ordinary(
     for i, rule in enumerate(rules):
         members = {name for group in rule.groups for name in group["params"]}
         own = {name: g for name, g in gradients.items() if name in members}
-        handed = clipped(own, norm=contract.clip_norm, value=contract.clip_value)
+        met = _met_by(rule, chunk)
+        handed = clipped(own, norm=contract.clip_norm, value=contract.clip_value, met=met)
         optimizer = apply_rule(rule, copies, handed)
         for parameter, remembered in optimizer.state.items():
             name = names.get(id(parameter), "")

@@ -6,6 +6,7 @@ import functools
 import linecache
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -28,15 +29,26 @@ def is_the_users(file: str) -> bool:
 
 def users_line() -> Line | None:
     """Return the line of the user's that runs now; None where it is a trainer's own doing."""
+    frame = next(_users_frames(), None)
+    return None if frame is None else (frame.f_code.co_filename, frame.f_lineno)
+
+
+def calls_itself() -> bool:
+    """Tell whether a function of the user's that runs now was called by itself: recursion."""
+    codes = [frame.f_code for frame in _users_frames()]
+    return len({*codes}) < len(codes)
+
+
+def _users_frames() -> Iterator[FrameType]:
+    """Yield the frames of the user's that run now, the innermost first, as far as a trainer's."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if is_the_users(code.co_filename):
-            return code.co_filename, frame.f_lineno
+            yield frame
         if code.co_filename == _TRAINS and code.co_name != "called":  # that one stands in between
-            return None
+            return
         frame = frame.f_back
-    return None
 
 
 def shown(line: Line, source: str | None = None) -> str:

@@ -14,7 +14,9 @@ import torch
 from tbptt_props import laws
 from tbptt_props.batch import Batch, Parts
 from tbptt_props.case import Case
+from tbptt_props.device import unavailable
 from tbptt_props.lines import is_the_users, shown
+from tbptt_props.precision import dtype_of, overflowed
 from tbptt_props.process import Hung, undisturbed
 from tbptt_props.state import leaves
 from tbptt_props.subject import (
@@ -48,7 +50,7 @@ def observe(subject: Subject, case: Case) -> Trace:
 
     def attempt(fresh: Fresh) -> Trace:
         chunks.clear()
-        with observing(case):
+        with observing(case, dtype_of(subject.precision), subject.device):
             return run(fresh, case, chunks.append)
 
     return replace(rewired(subject.copied, attempt), chunks=tuple(chunks))
@@ -66,9 +68,18 @@ def rewired(fresh: Fresh, attempt: Callable[[Fresh], _Result]) -> _Result:
 
 
 @contextmanager
-def observing(case: Case, dtype: torch.dtype = torch.float64) -> Iterator[None]:
-    """Run the block as subjects are run: seeded from the case, quiet, and without a trace."""
-    with undisturbed(dtype=dtype, seed=case.seed):
+def observing(
+    case: Case, dtype: torch.dtype = torch.float64, device: str = "cpu"
+) -> Iterator[None]:
+    """Run the block as subjects are run: seeded from the case, quiet, and without a trace.
+
+    Raises:
+        ObservationError: there is no such device here.
+    """
+    missing = unavailable(device)
+    if missing:
+        raise ObservationError(f"training on {device} needs {missing}")
+    with undisturbed(dtype=dtype, seed=case.seed, device=device):
         yield
 
 
@@ -79,16 +90,20 @@ def run(fresh: Fresh, case: Case, hand_on: Callable[[Chunk], None]) -> Trace:
         return made_ready(fresh)
 
     diverged: list[str] = []
+    skipped: list[int] = []
 
     def looked_at(chunk: Chunk) -> None:
-        diverged.extend(_not_finite(chunk))
+        if overflowed(chunk):
+            skipped.append(chunk.index)
+        else:
+            diverged.extend(_not_finite(chunk))
         hand_on(chunk)
 
     subject = anew()
     batches = batches_of(subject, case)
     plan = tuple(subject.contract.plan(case, b.inputs.shape[1]) for b in batches)
     marks = laws.Bookmarks(plan, case, subject.contract)
-    watch = Watch(subject, batches, looked_at)
+    watch = Watch(subject, batches, looked_at, plan=plan)
     marks.watch(watch)
     with watch.on():
         copies = [batch.copied().whole for batch in batches]
@@ -99,9 +114,11 @@ def run(fresh: Fresh, case: Case, hand_on: Callable[[Chunk], None]) -> Trace:
         watch.finished()
     if watch.problem is not None:
         raise watch.problem
+    _refuse_float16(subject, halt)
     _refuse_unknown_state(subject, watch)
     if halt is None:
         _refuse_automatic(subject, watch, plan)
+        _refuse_cuts_in_forward(subject, watch, plan)
     if not watch.closed:
         _refuse_unseen(subject, watch, lenient=halt is not None or _small(case, plan))
     trace = Trace(
@@ -117,6 +134,7 @@ def run(fresh: Fresh, case: Case, hand_on: Callable[[Chunk], None]) -> Trace:
         updates=watch.updates,
         counted=watch.lightning_updates() if watch.lightning_updates else None,
         changed=tuple(watch.changed),
+        skipped=len(skipped),
         diverged=next(iter(diverged), ""),
         validated=bool(validation),
     )
@@ -137,7 +155,7 @@ def _validation(subject: Subject, case: Case, batches: Sequence[Batch]) -> list[
 def made_ready(fresh: Fresh) -> Subject:
     """Make the subject anew, in the dtype of the run, with a loss that answers for itself."""
     subject = fresh()
-    subject.module.to(torch.get_default_dtype())
+    subject.module.to(device=subject.device, dtype=torch.get_default_dtype())
     loss = subject.loss
     return subject if loss is None else replace(subject, loss=held_to_be_one(loss))
 
@@ -241,14 +259,43 @@ def _small(case: Case, plan: Sequence[Sequence[Span]]) -> bool:
 
 
 def _refuse_automatic(subject: Subject, watch: Watch, plan: Sequence[Sequence[Span]]) -> None:
-    """Refuse a module that leaves the update to Lightning, and with it cuts nothing anywhere."""
+    """Refuse a module that leaves the update to Lightning, where one for each chunk is promised."""
     automatic = getattr(subject.module, "automatic_optimization", False)
-    uncut = len(watch.closed) <= len(plan) < sum(map(len, plan))
-    if automatic and subject.train is None and uncut:
+    whole = _is_uncut(watch, plan) and not subject.contract.adds_up
+    if automatic and subject.train is None and whole:
         raise ObservationError(
             f"{type(subject.module).__name__} trains by automatic optimization, one update a "
             "batch: set self.automatic_optimization = False and make one update per chunk in "
-            "training_step"
+            "training_step; or, if forward cuts the sequence itself and one update for all of its "
+            "chunks is meant, promise that with Contract(update='batch')"
+        )
+
+
+def _refuse_float16(subject: Subject, halt: Halt | None) -> None:
+    """Refuse a precision for which this device has no kernels: that is nobody's mistake."""
+    words = ("could not create a primitive", "not implemented for 'Half'")
+    if halt and subject.precision == "16-mixed" and any(word in halt.error for word in words):
+        raise ObservationError(
+            f"{type(subject.module).__name__} can't be trained in 16-mixed on the CPU, which lacks "
+            f"a kernel for float16 ({halt.error}): it needs CUDA, or precision='bf16-mixed'"
+        )
+
+
+def _is_uncut(watch: Watch, plan: Sequence[Sequence[Span]]) -> bool:
+    return len(watch.closed) <= len(plan) < sum(map(len, plan))
+
+
+def _refuse_cuts_in_forward(subject: Subject, watch: Watch, plan: Sequence[Sequence[Span]]) -> None:
+    """Refuse a forward that is handed whole sequences and cuts them itself: its layer runs chunks.
+
+    Its pieces are to be judged, and not the call that makes them.
+    """
+    if watch.layer and watch.layer_cuts and _is_uncut(watch, plan):
+        raise WiringError(
+            f"{type(subject.module).__name__}.{subject.forward} is handed whole sequences and cuts "
+            "them itself: name the call that runs a chunk with Subject(..., forward='...'), a "
+            "method or a submodule",
+            {"forward": watch.layer, "loss": None},
         )
 
 

@@ -15,8 +15,17 @@ from tbptt_props.case import Case, case_of
 from tbptt_props.editions import EDITIONS, FIRST
 from tbptt_props.kept import Kept
 
+CONFORMANCE = "tbptt_conformance"  # marks the function of a conformance test
+DEVICE = "tbptt_device"  # the parameter of an item that is trained on a device
+
 # How many cases each profile tries; "default" leaves it to Hypothesis' settings.
 PROFILES: dict[str, int | None] = {"quick": 20, "default": None, "thorough": 500}
+
+# On which devices each of these has everything judged.
+DEVICES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda",), "all": ("cpu", "cuda")}
+
+# The names that an option's value may be.
+VALID: dict[str, Iterable[str]] = {"profile": PROFILES, "edition": EDITIONS, "device": DEVICES}
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,7 @@ class Options:
         profile: how many cases are tried where a test doesn't say it: one of PROFILES.
         report: the folder in which cases that break a property are kept, to be tried first.
         edition: properties that came later are previews, which fail nothing.
+        device: where loops are trained: one of DEVICES; where nothing is said, as subjects say.
     """
 
     sensitivity: bool = False
@@ -38,6 +48,7 @@ class Options:
     profile: str = "default"
     report: Path | None = None
     edition: str = FIRST
+    device: str = ""
 
 
 NAMES = tuple(field.name for field in fields(Options))
@@ -94,8 +105,8 @@ def _valid(name: str, value: Any, where: str) -> Any:
         if not value or Path(value).is_file():
             raise pytest.UsageError(f"{where} must be a folder, got {value!r}")
         return Path(value).absolute() if where.startswith("--") else Path(value)
-    if name in ("profile", "edition"):
-        valid = list(PROFILES if name == "profile" else EDITIONS)
+    if name in VALID:
+        valid = list(VALID[name])
         if value not in valid:
             raise pytest.UsageError(f"{where}: {unknown(name, value, valid)}")
         return value

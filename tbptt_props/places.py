@@ -28,11 +28,14 @@ def locate(x: Tensor, live: Any, pristine: Tensor) -> Tensor | None:
         places = _by_memory(x, live)
         if places is not None:
             return places
-    return _by_value(x, pristine)
+    places = _by_value(x, pristine)
+    return None if places is None else places.cpu()  # wherever the batch is, these are only indices
 
 
 def _by_memory(x: Tensor, live: Tensor) -> Tensor | None:
-    if x.dtype != live.dtype or x.untyped_storage().data_ptr() != live.untyped_storage().data_ptr():
+    if (x.dtype, x.device) != (live.dtype, live.device):
+        return None
+    if x.untyped_storage().data_ptr() != live.untyped_storage().data_ptr():
         return None
     features = live.dim() - 2
     rows = x.dim() - features

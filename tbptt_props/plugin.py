@@ -21,7 +21,7 @@ from tbptt_props.colour import coloured
 from tbptt_props.editions import EDITIONS, FIRST, SINCE
 from tbptt_props.kept import all_kept
 from tbptt_props.ledger import NOTED, PREFIX, Ledger
-from tbptt_props.options import ASKED, KEPT, NAMES, PROFILES, asked
+from tbptt_props.options import ASKED, CONFORMANCE, DEVICE, DEVICES, KEPT, NAMES, PROFILES, asked
 
 WIDTH = 100
 HANDED_OVER = "tbptt_props"  # the key, in what a worker of xdist hands over when it is done
@@ -71,6 +71,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--tbptt-report",
         metavar="DIR",
         help="keep the smallest cases that break a property there, and try those kept there first",
+    )
+    group.addoption(
+        "--tbptt-device",
+        metavar="NAME",
+        help=f"where to train: {', '.join(DEVICES)}; without it, where each subject says",
     )
     group.addoption(
         "--tbptt-list", action="store_true", help="list the properties and their claims, and end"
@@ -161,6 +166,14 @@ def _first_violation(text: str) -> str:
     first, *others = violations.splitlines() or [text]
     going_on = takewhile(lambda line: line.startswith(" " * 6), others)
     return " ".join(line.strip() for line in (first, *going_on))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Make an item for each device that is asked for, where a test is one of conformance."""
+    device = metafunc.config.stash[ASKED].device
+    if device and getattr(metafunc.function, CONFORMANCE, False):
+        metafunc.fixturenames.append(DEVICE)
+        metafunc.parametrize(DEVICE, DEVICES[device])
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -15,10 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from tbptt_props.device import drawn, repeatable, seed, set_drawn
+
 
 @contextlib.contextmanager
-def undisturbed(*, dtype: torch.dtype, seed: int) -> Iterator[None]:
+def undisturbed(*, dtype: torch.dtype, seed: int, device: str = "cpu") -> Iterator[None]:
     """Run the block seeded, in `dtype`, with gradients on and quiet; then put everything back."""
+    with repeatable(device):
+        yield from _undisturbed(dtype, seed, device)
+
+
+def _undisturbed(dtype: torch.dtype, number: int, device: str) -> Iterator[None]:
     before = torch.get_default_dtype(), torch.get_num_threads(), randomness(), anomaly()
     try:
         with (
@@ -32,7 +39,7 @@ def undisturbed(*, dtype: torch.dtype, seed: int) -> Iterator[None]:
             torch.set_default_dtype(dtype)
             if torch.get_num_threads() > 1:  # sums in one order; sizes are too small for two
                 torch.set_num_threads(1)
-            seed_all(seed)
+            seed_all(number, device)
             yield
     finally:
         torch.set_default_dtype(before[0])
@@ -44,7 +51,7 @@ def undisturbed(*, dtype: torch.dtype, seed: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _on_the_cpu() -> Iterator[None]:
-    """Make new tensors where subjects are trained, whatever the caller's default device is."""
+    """Make new tensors on the CPU, as loops expect, whatever the caller's default device is."""
     if torch.get_default_device().type == "cpu":  # being told so slows each call of torch down
         yield
         return
@@ -57,21 +64,21 @@ def anomaly() -> tuple[bool, bool]:
     return torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
 
 
-def seed_all(seed: int) -> None:
+def seed_all(number: int, device: str = "cpu") -> None:
     """Seed the three generators a loop may draw from."""
-    torch.default_generator.manual_seed(seed)  # not manual_seed: it would seed devices too
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
+    seed(number, device)
+    random.seed(number)
+    np.random.seed(number % 2**32)
 
 
 def randomness() -> tuple[Any, ...]:
     """Return the state of the three generators a loop may draw from."""
-    return torch.get_rng_state(), random.getstate(), np.random.get_state()
+    return drawn(), random.getstate(), np.random.get_state()
 
 
 def set_randomness(state: tuple[Any, ...]) -> None:
     """Put back what `randomness` returned."""
-    torch.set_rng_state(state[0])
+    set_drawn(state[0])
     random.setstate(state[1])
     np.random.set_state(state[2])
 

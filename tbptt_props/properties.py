@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -28,8 +29,10 @@ from tbptt_props.compare import (
     worst,
 )
 from tbptt_props.lines import shown
+from tbptt_props.precision import SKIPPED, overflowed
 from tbptt_props.state import leaves
 from tbptt_props.trace import (
+    REWORKED,
     Chunk,
     Difference,
     Finding,
@@ -53,11 +56,17 @@ LinkProperty = Callable[[Link], Iterator[Finding]]
 RunProperty = Callable[[Trace], Iterator[Finding]]
 
 
+ELSEWHERE = (
+    "something was made on another device than the inputs: torch.zeros(..., device=x.device)"
+)
+
 # What an error of torch's means in a loop over chunks.
 REASONS = {
     "backward through the graph a second time": "something of an earlier chunk was not detached",
     "modified by an inplace operation": "an update came between a forward and its backward, or "
     "something of an earlier chunk was not detached",
+    "same device": ELSEWHERE,
+    "not on the expected device": ELSEWHERE,
     "does not require grad and does not have a grad_fn": "the loss has no graph: was forward run "
     "under no_grad, or what it returned detached?",
 }
@@ -131,7 +140,7 @@ def updates_go_through_lightnings_optimizer(trace: Trace) -> Iterator[Finding]:
         yield NotJudged("a LightningModule")
     elif not trace.updates:
         yield NotJudged("an update by an optimizer")
-    elif trace.counted != trace.updates:
+    elif trace.counted not in (trace.updates, trace.updates + trace.skipped):
         where = f"global_step after {counted(trace.updates, 'update')}"
         yield Violation(where, str(trace.counted), str(trace.updates))
 
@@ -157,12 +166,16 @@ def a_batch_knows_nothing_of_the_one_before(trace: Trace) -> Iterator[Finding]:
 def state_crosses_every_boundary(link: Link) -> Iterator[Finding]:
     """A chunk starts from exactly the state in which the chunk before it ended."""
     before, given = link.before, link.chunk.given
+    yield from _lost_between_calls(link)
     within = link.contract.carry == "within"
     if before is None or given is None or (link.chunk.starts_batch and within):
         yield NotJudged("a case of at least two chunks")
         return
     if link.contract.carry == "custom" or link.chunk.context:
         yield NotJudged("a contract by which a chunk starts where the one before ended")
+        return
+    if link.chunk.reworked or before.reworked:
+        yield NotJudged(REWORKED)
         return
     assert before.outcome is not None
     ended_in = [leaves(state) for state in before.outcome.states]
@@ -179,7 +192,7 @@ def state_crosses_every_boundary(link: Link) -> Iterator[Finding]:
         yield from _neither_carried_nor_fresh(link.chunk, found, due[-1], leaves(given.initial))
     elif not found:
         yield Violation(where, "none", f"the one {_beside(link.chunk, before)} ended in")
-    elif not any(same_leaves(found, alternative) for alternative in due):
+    elif not any(_went_on(found, alternative, before) for alternative in due):
         yield from _state_differences(link.chunk, found, due[-1])
     elif any(not same_leaves(leaves(state), found) for state in given.repeats):
         where = f"{where} of a repeated evaluation"
@@ -222,7 +235,10 @@ def graph_crosses_no_boundary(link: Link) -> Iterator[Finding]:
             yield Violation(where, f"attached to {into}", "detached")
         else:
             yield Violation(f"{link.chunk}, loss", f"reaches {into}", "cut off from it")
-    if link.before is None:
+    for before, after in link.chunk.uncut:
+        where = f"{replace(link.chunk, span=after)}, incoming state"
+        yield Violation(where, f"attached to the graph of time steps {spanned(before)}", "detached")
+    if link.before is None and not link.chunk.uncut:
         yield NotJudged("a case of at least two chunks")
 
 
@@ -231,6 +247,8 @@ def loss_is_the_chunks_own(link: Link) -> Iterator[Finding]:
     outcome, due = _outcome(link), link.expected
     if not outcome.complete:
         yield NotJudged("a backward that comes to its end")
+    elif overflowed(link.chunk):
+        yield NotJudged(SKIPPED)
     elif due.loss is None:
         unknown = "a loss" if due.partial else "inputs of forward that are the batch's own"
         yield NotJudged(due.missing or unknown)
@@ -246,8 +264,8 @@ def gradients_are_the_chunks_own(link: Link) -> Iterator[Finding]:
     if not outcome.complete:
         yield NotJudged("a backward that comes to its end")
         return
-    if due.missing:
-        yield NotJudged(due.missing)
+    if due.missing or overflowed(link.chunk):
+        yield NotJudged(due.missing or SKIPPED)
         return
     updated = _updated(outcome)
     feeding = link.chunk.given.feeding if link.chunk.given else frozenset()
@@ -353,8 +371,8 @@ def each_chunk_updates_once(link: Link) -> Iterator[Finding]:
         for i, parameters in enumerate(outcome.optimizers):
             if parameters and not parameters & _updated(outcome):
                 yield Violation(f"{link.chunk}, updates of optimizer {i}", "0", "1")
-    elif outcome.idle:
-        yield NotJudged(outcome.idle)
+    elif outcome.idle or overflowed(link.chunk):
+        yield NotJudged(outcome.idle or SKIPPED)
         return
     for count in sorted({0} if not counts else {*counts.values()} - {1}):
         yield Violation(f"{link.chunk}, updates", str(count), "1")
@@ -373,7 +391,7 @@ def the_update_follows_the_optimizers_rule(link: Link) -> Iterator[Finding]:
         yield NotJudged("parameters that nothing else moved")
     else:
         for rule, parameters in zip(outcome.rules, due.parameters, strict=True):
-            for wrong in worst(rule.after, parameters):
+            for wrong in worst(rule.after, parameters, rounded=False):
                 yield Violation(f"{link.chunk}, {wrong.entry} after the update", *wrong.told)
 
 
@@ -526,7 +544,7 @@ def _ends_alike(rerun: Rerun, *, bitwise: bool) -> Iterator[Finding]:
         if bitwise and one.keys() != other.keys():
             names = ", ".join(sorted(one.keys() ^ other.keys()))
             yield Violation(rerun.where, f"left {part} in one run only ({names})", "the same")
-        for wrong in worst(one, other, bitwise=exact):
+        for wrong in worst(one, other, bitwise=exact, rounded=False):
             yield Violation(f"{rerun.where}, {wrong.entry} at the end", *wrong.told)
 
 
@@ -548,6 +566,28 @@ def _state_differences(chunk: Chunk, found: Tensors, due: Tensors) -> Iterator[F
         if not same(one, other):
             wrong = difference(path, one, other)
             yield Violation(f"{chunk}, incoming {wrong.entry}", *wrong.told)
+
+
+def _lost_between_calls(link: Link) -> Iterator[Finding]:
+    """Yield where a call of forward goes on from another state than the call before it ended in.
+
+    One with a graph may have been made of that: a mask may have been laid on it.
+    """
+    chunk, given = link.chunk, link.chunk.given
+    if given is None or link.contract.carry not in ("within", "across") or chunk.context:
+        return
+    for (ended, started), (before, call) in zip(
+        pairwise(chunk.runs), pairwise(given.calls), strict=False
+    ):
+        if started[0] != ended[1] or call.attached:
+            continue
+        found, due = leaves(call.state), leaves(before.state_after)
+        here = replace(chunk, span=started)
+        if due and not found:
+            owed = f"the one time steps {spanned(ended)} ended in"
+            yield Violation(f"{here}, incoming state", "none", owed)
+        elif due:
+            yield from _state_differences(here, found, due)
 
 
 def _cut_off(chunk: Chunk) -> Iterator[tuple[str, str]]:
@@ -584,11 +624,31 @@ def _moved_along(states: Sequence[Tensors], before: Chunk, chunk: Chunk) -> Iter
             yield from _reordered(state, before.lanes, chunk.lanes)
 
 
+def _went_on(found: Tensors, due: Tensors, before: Chunk) -> bool:
+    """Tell whether a state is the one due, or its last time step: forward may return them all."""
+    if same_leaves(found, due):
+        return True
+    steps = before.span[1] - before.span[0] if before.span else 0
+    if len(found) != len(due) or any(leaf.dim() < 2 for leaf in due.values()):
+        return False
+    return any(
+        all(
+            due_leaf.shape[dim] == steps
+            and one.shape != due_leaf.shape
+            and one.numel() == due_leaf.select(dim, -1).numel()
+            and same(one, due_leaf.select(dim, -1).reshape(one.shape))
+            for one, due_leaf in zip(found.values(), due.values(), strict=True)
+        )
+        for dim in (0, 1)
+    )
+
+
 def _reordered(state: Tensors, lanes: Sequence[int], into: Sequence[int]) -> Iterator[Tensors]:
     """Yield `state` with its sequences in another order, along each dimension they may lie in."""
     if not set(into) <= set(lanes) or any(len(set(rows)) < len(rows) for rows in (lanes, into)):
         return
-    order = torch.tensor([lanes.index(sequence) for sequence in into])
+    device = next(leaf.device for leaf in state.values())
+    order = torch.tensor([lanes.index(sequence) for sequence in into], device=device)
     for dim in (0, 1):
         if all(leaf.dim() > dim and leaf.shape[dim] == len(lanes) for leaf in state.values()):
             yield {path: leaf.index_select(dim, order) for path, leaf in state.items()}
@@ -691,7 +751,7 @@ def _share(link: Link) -> float:
         if name in outcome.met
     ]
     some = any(bool(g.any()) for g, _ in pairs)  # a gradient of zero tells no factor
-    divided = some and all(close(g * factor, before) for g, before in pairs)
+    divided = some and all(close(g * factor, before, rounded=False) for g, before in pairs)
     return link.share * factor if divided else link.share
 
 
@@ -731,7 +791,7 @@ def _lost_before_backward(link: Link) -> Iterator[Finding]:
         return
     standing = _outcome(link).standing
     found = {n: standing.get(n, torch.zeros_like(g)) for n, g in before.gradients.items()}
-    for wrong in _first(worst(found, before.gradients)):
+    for wrong in _first(worst(found, before.gradients, rounded=False)):
         where = f"{link.chunk}, gradient of {wrong.entry} before backward"
         lost, due = wrong.told
         yield Violation(where, lost, f"{due}, as the chunks before left it")
@@ -760,9 +820,9 @@ def _changed_on_the_way(link: Link) -> Iterator[Finding]:
         left = {name: g for name, g in outcome.met.items() if name in names}
         if not promised and is_clipped(left, rule.handed):
             continue
-        due = clipped(left, norm=contract.clip_norm, value=contract.clip_value)
+        due = clipped(left, norm=contract.clip_norm, value=contract.clip_value, met=rule.handed)
         as_due = "clipped as promised" if promised else "as backward left it"
-        for wrong in _first(worst(rule.handed, due)):
+        for wrong in _first(worst(rule.handed, due, rounded=False)):
             where = f"{link.chunk}, gradient of {wrong.entry} at the update"
             met, left_over = wrong.told
             yield Violation(where, met, f"{left_over}, {as_due}")
@@ -774,8 +834,11 @@ def _first(differences: Iterator[Difference]) -> Iterator[Difference]:
         return
 
 
-# Where to look if a chunk breaks a property: at the first of these events whose line is known.
-AT: dict[LinkProperty, tuple[Kind, ...]] = {
+# Where to look if a property is broken: at the first of these events whose line is known.
+AT: dict[RunProperty | LinkProperty, tuple[Kind, ...]] = {
+    chunks_tile_the_sequence: ("forward",),
+    training_moves_the_parameters: ("update", "backward"),
+    updates_go_through_lightnings_optimizer: ("update",),
     state_crosses_every_boundary: ("forward",),
     state_starts_afresh_with_each_batch: ("forward",),
     graph_crosses_no_boundary: ("forward",),
@@ -793,10 +856,9 @@ AT: dict[LinkProperty, tuple[Kind, ...]] = {
 }
 
 
-def line_of(judged: LinkProperty, chunk: Chunk) -> str:
+def line_of(judged: RunProperty | LinkProperty, chunk: Chunk) -> str:
     """Return the line of the user's source to look at where a chunk breaks a property, or ''."""
-    known = chunk.outcome.lines if chunk.outcome else {}
-    line = next((known[kind] for kind in AT.get(judged, ()) if kind in known), None)
+    line = next((chunk.lines[kind] for kind in AT.get(judged, ()) if kind in chunk.lines), None)
     return "" if line is None else shown(line)
 
 

@@ -8,10 +8,11 @@ slope comes from values alone.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,16 @@ from torch.optim import Optimizer
 
 from tbptt_props.byhand import BY_HAND
 from tbptt_props.compare import close, difference, near, near_slope, same, worst
+from tbptt_props.device import drawn
 from tbptt_props.forward import Arguments, Forward
 from tbptt_props.graph import nodes_behind
+from tbptt_props.layout import alike, as_the_loss_takes, of_parts
+from tbptt_props.precision import autocasting
 from tbptt_props.process import randomness, set_randomness
-from tbptt_props.state import leaves, map_tensors, value_of
+from tbptt_props.state import dense, leaves, map_tensors, value_of
 from tbptt_props.subject import ObservationError, Subject
 from tbptt_props.trace import (
+    REWORKED,
     Call,
     Chunk,
     Difference,
@@ -38,6 +43,8 @@ from tbptt_props.trace import (
 )
 
 Form = Literal["whole", "mean", "sum"]  # how a loss is put together from several calls
+
+_Measured = TypeVar("_Measured")
 
 ROUNDING = 1e-15  # a few of float64's units in the last place
 NUDGE = 1e-5  # central differences in float64: truncation error near NUDGE² = 1e-10
@@ -57,7 +64,7 @@ def rederive(
     if given is None or outcome is None:
         return Expected(missing="the chunk's tensors were dropped")
     try:
-        with _kept_randomness():
+        with _kept_randomness(), autocasting(given.autocast, torch.device(subject.device).type):
             return _rederived(subject, chunk, given, outcome, slope=slope, mixing=mixing)
     except ObservationError as error:  # the loss is none, or none of several calls' predictions
         if len(given.calls) == 1:
@@ -95,13 +102,14 @@ class _Again:
 def _rederived(
     subject: Subject, chunk: Chunk, given: Given, outcome: Outcome, *, slope: bool, mixing: bool
 ) -> Expected:
+    given = replace(given, target=_laid_out(subject, given, outcome.loss))
     _load(subject.module, given)
     again = _run(subject, given, outcome.loss)
     within_batch = not chunk.starts_batch
     expected = Expected(
         loss=None if again.loss is None else float(again.loss.detach()),
         cotangents=tuple(again.cotangents),
-        gradients=_shared(_of_the_loss_seen(subject, again, outcome), outcome.gradients),
+        gradients=_shared(_of_the_loss_seen(subject, given, again, outcome), outcome.gradients),
         state=value_of(again.state),
         state_matters=_state_matters(subject, given, again),
         draws=again.draws,
@@ -115,6 +123,22 @@ def _rederived(
     return replace(expected, parameters=parameters, rule_missing=rule_missing)
 
 
+def _laid_out(subject: Subject, given: Given, found: float) -> Any:
+    """Return the targets as the loop lays them out, told from the loss that it found."""
+    prediction = given.calls[0].prediction
+    if subject.loss is None or given.target is None or prediction is None or len(given.calls) > 1:
+        return given.target
+    kept = (
+        prediction if not given.context else _behind(given.context, [prediction], given.target)[0]
+    )
+    return as_the_loss_takes(_loss_of(subject, given), kept, given.target, found)
+
+
+def _loss_of(subject: Subject, given: Given) -> Callable[[Any, Any], Tensor]:
+    assert subject.loss is not None  # without one, there is no target
+    return of_parts(subject.loss, given.calls[0].nest)
+
+
 def _shared(due: Tensors, found: Tensors) -> Tensors:
     """Take the tensors of `found` for those that are due and the same: parameters are large."""
     return {n: found[n] if n in found and same(g, found[n]) else g for n, g in due.items()}
@@ -126,16 +150,16 @@ def _with_slopes(
     if not wanted or again.loss is None:
         unclear = "a loss" if again.loss is None else "slopes are looked at in other chunks"
         return replace(expected, slope_unclear=unclear)
-    by_values, by_autograd, unclear = _slopes(subject, given, again)
+    by_values, by_autograd, unclear = _slopes_in_float64(subject, given, again)
     return replace(expected, slope=by_values, autograd_slope=by_autograd, slope_unclear=unclear)
 
 
-def _run(subject: Subject, given: Given, found: float) -> _Again:
+def _run(subject: Subject, given: Given, found: float, form: Form | None = None) -> _Again:
     incoming = map_tensors(_wanting_gradient, given.calls[0].state)
     predictions, state = _forward(subject, given, incoming)
-    draws = not torch.equal(torch.get_rng_state(), given.randomness[0])
+    draws = not torch.equal(drawn(), given.randomness[0])
     nodes = nodes_behind([*predictions, *leaves(state).values()])
-    form = _form_of(subject, given, predictions, found)
+    form = form or _form_of(subject, given, predictions, found)
     loss = None
     cotangents: list[Tensor | None] = [None] * len(predictions)
     gradients: Tensors = {}
@@ -195,13 +219,33 @@ def _differentiated(
     loss: Tensor, predictions: Sequence[Tensor], trainable: Mapping[str, nn.Parameter]
 ) -> tuple[list[Tensor | None], Tensors]:
     """Return the loss's gradient by each prediction, and by each parameter."""
-    wanted = [*predictions, *trainable.values()]
-    grads = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
+    grads = _gradients([loss], [*predictions, *trainable.values()], [None])
     by_parameter = zip(trainable, grads[len(predictions) :], strict=True)
     return list(grads[: len(predictions)]), {n: g for n, g in by_parameter if g is not None}
 
 
-def _of_the_loss_seen(subject: Subject, again: _Again, outcome: Outcome) -> Tensors:
+def _gradients(
+    roots: Sequence[Tensor], wanted: Sequence[Tensor], along: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Return the gradients of `roots` by what is wanted."""
+    try:
+        found = torch.autograd.grad(roots, wanted, along, retain_graph=True, allow_unused=True)
+        return [None if g is None else dense(g) for g in found]
+    except RuntimeError as error:
+        if "checkpoint" not in str(error):
+            raise
+    # One that is reentrant leaves gradients where they are wanted, and returns none.
+    for tensor in wanted:
+        tensor.grad = None
+        tensor.retain_grad()
+    torch.autograd.backward(roots, along, retain_graph=True)
+    left = [None if tensor.grad is None else dense(tensor.grad) for tensor in wanted]
+    for tensor in wanted:
+        tensor.grad = None
+    return left
+
+
+def _of_the_loss_seen(subject: Subject, given: Given, again: _Again, outcome: Outcome) -> Tensors:
     """Return the gradients of the loss that the subject really had.
 
     Where that loss is wrong, it is to blame, and not the gradients that follow from it.
@@ -211,7 +255,12 @@ def _of_the_loss_seen(subject: Subject, again: _Again, outcome: Outcome) -> Tens
         return again.gradients
     if _same_all(seen, again.cotangents):
         return again.gradients
-    return _pulled_back(again.predictions, seen, _trainable(subject))
+    predictions = again.predictions
+    if any(call.is_state for call in given.calls):
+        # What comes by way of the next call is in the gradient that was seen: not once more.
+        _load_values(subject.module, given)
+        predictions, _ = _forward(subject, given, value_of(given.calls[0].state), apart=True)
+    return _pulled_back(predictions, seen, _trainable(subject))
 
 
 def _same_all(ones: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
@@ -229,13 +278,17 @@ def _load(module: nn.Module, given: Given) -> None:
 
 def _load_values(module: nn.Module, given: Given) -> None:
     """Put buffers, plain attributes and random numbers where they were when the chunk began."""
-    with torch.no_grad():
-        for name, buffer in module.named_buffers():
-            if name in given.buffers:
-                put_buffer(module, name, buffer, given.buffers[name])
+    _put_buffers(module, given)
     for name, part in module.named_modules():
         part.__dict__.update(value_of(given.attributes.get(name, {})))
     set_randomness(given.randomness)
+
+
+@torch.no_grad()
+def _put_buffers(module: nn.Module, given: Given, but: Sequence[str] = ()) -> None:
+    for name, buffer in module.named_buffers():
+        if name in given.buffers and name not in but:
+            put_buffer(module, name, buffer, given.buffers[name])
 
 
 def put_buffer(module: nn.Module, name: str, buffer: Tensor, value: Tensor) -> None:
@@ -247,16 +300,32 @@ def put_buffer(module: nn.Module, name: str, buffer: Tensor, value: Tensor) -> N
     setattr(module.get_submodule(head), tail, value.clone())
 
 
-def _forward(subject: Subject, given: Given, state: Any) -> tuple[list[Tensor], Any]:
-    """Repeat the calls of a chunk; only the first one starts from a state that was handed in."""
+def _forward(
+    subject: Subject, given: Given, state: Any, *, apart: bool = False
+) -> tuple[list[Tensor], Any]:
+    """Repeat the calls of a chunk, each from the state that the one before it ended in.
+
+    If `apart`, what is both a prediction and the state is handed on without its graph.
+
+    Raises:
+        ObservationError: the loop makes another state of it on its way to the next call.
+    """
     predictions: list[Tensor] = []
     forward = Forward(subject)
     for i, call in enumerate(given.calls):
         if i and not call.attached:  # cut by the loop: whether it should be is judged elsewhere
-            state = value_of(state)
+            state = value_of(call.state)
+        elif i and not alike(given.calls[i - 1].state_after, call.state):
+            raise ObservationError(REWORKED)
         prediction, state = _repeat(forward, call, state)
         predictions.append(prediction)
+        if apart:
+            state = map_tensors(functools.partial(_cut_off_if, prediction), state)
     return predictions, state
+
+
+def _cut_off_if(prediction: Tensor, leaf: Tensor) -> Tensor:
+    return leaf.detach() if leaf is prediction else leaf
 
 
 def _repeat(forward: Forward, call: Call, state: Any) -> tuple[Tensor, Any]:
@@ -286,7 +355,14 @@ def _in_two(
     shapes = [[leaf.shape for leaf in leaves(tree).values()] for tree in (again.state, midway)]
     if shapes[0] != shapes[1] or not close(before, whole.narrow(time, 0, part)):
         return None
-    _, carried = _repeat(forward, replace(first, x=late, handed=True), midway)
+    rest = replace(first, x=late, handed=True)
+    _, carried = _repeat(forward, rest, value_of(midway))
+    if not torch.equal(torch.get_rng_state(), given.randomness[0]):
+        return None  # noise on a state that comes in, say
+    wrong = tuple(worst(leaves(carried), leaves(again.state)))
+    if wrong:  # a forward may make weights anew in buffers with every call, as spectral norm does
+        _put_buffers(subject.module, given, but=forward.kept)
+        _, carried = _repeat(forward, rest, midway)
     return tuple(worst(leaves(carried), leaves(again.state)))
 
 
@@ -337,7 +413,7 @@ def _with_row(
         x.select(dim, row).copy_(otherwise)
     _load_values(subject.module, given)
     prediction, _ = _repeat(Forward(subject), replace(first, x=x), value_of(first.state))
-    return prediction, torch.get_rng_state()
+    return prediction, drawn()
 
 
 def _moves(
@@ -426,12 +502,12 @@ def _as_trained(
     subject: Subject, given: Given, predictions: Sequence[Tensor], form: Form
 ) -> Tensor:
     """Compute the loss over the chunk, put together in this form."""
-    assert subject.loss is not None  # without one, there is no target
+    loss = _loss_of(subject, given)
     target, by_step = given.target, all(p.dim() == 2 for p in predictions)
     if given.context:
         predictions = _behind(given.context, predictions, target)
     if len(given.calls) == 1:
-        return subject.loss(predictions[0], target)
+        return loss(predictions[0], target)
     if by_step:
         pieces = [_narrowed(target, 1, i, 1, drop=True) for i in range(len(predictions))]
         whole = torch.stack(list(predictions), dim=1)
@@ -442,8 +518,7 @@ def _as_trained(
         pieces = [_narrowed(target, time, *cut) for cut in zip(starts, lengths, strict=True)]
         whole = torch.cat(list(predictions), dim=time)
     if form == "whole":
-        return subject.loss(whole, target)
-    loss = subject.loss
+        return loss(whole, target)
     losses = torch.stack([loss(p, y) for p, y in zip(predictions, pieces, strict=True)])
     return losses.mean() if form == "mean" else losses.sum()
 
@@ -490,13 +565,55 @@ def _pulled_back(
     if not pairs or not trainable:
         return {}
     outputs, along = zip(*pairs, strict=True)
-    grads = torch.autograd.grad(
-        outputs, list(trainable.values()), along, retain_graph=True, allow_unused=True
-    )
+    grads = _gradients(outputs, list(trainable.values()), along)
     return {n: g for n, g in zip(trainable, grads, strict=True) if g is not None}
 
 
 # The slope of the loss, from values alone ---------------------------------------------------
+
+
+def _slopes_in_float64(
+    subject: Subject, given: Given, again: _Again
+) -> tuple[float | None, float | None, str]:
+    """Look at slopes in float64, also where training had less.
+
+    What forward detaches, it detaches in each dtype; but only float64 tells it from rounding.
+    """
+    dtype, module = torch.get_default_dtype(), subject.module
+    if dtype == torch.float64 or any(p.dtype != dtype for p in module.parameters()):
+        return _slopes(subject, given, again)
+    try:
+        torch.set_default_dtype(torch.float64)
+        module.double()
+        wide = _widened(given)
+        _load(module, wide)
+        return _slopes(subject, wide, _run(subject, wide, 0.0, again.form))
+    except Exception:  # whatever a stranger's forward raises in a dtype that it was not written for
+        return None, None, TOO_COARSE
+    finally:
+        torch.set_default_dtype(dtype)
+        module.to(dtype)
+
+
+def _widened(given: Given) -> Given:
+    """Return what a chunk was given with its numbers in float64; where it holds none, as it was."""
+
+    def wide(tree: Any) -> Any:
+        return map_tensors(lambda t: t.double() if t.is_floating_point() else t, tree)
+
+    return replace(
+        given,
+        calls=tuple(
+            replace(c, x=wide(c.x), state=wide(c.state), others=wide(c.others)) for c in given.calls
+        ),
+        parameters=wide(given.parameters),
+        buffers=wide(given.buffers),
+        attributes=wide(given.attributes),
+        target=wide(given.target),
+    )
+
+
+TOO_COARSE = "values in less than float64 are too coarse to difference"
 
 
 def _slopes(
@@ -507,8 +624,9 @@ def _slopes(
     if custom:
         return None, None, f"{custom} defines a gradient of its own, which need not be the slope"
     trainable = _trainable(subject)
-    if any(p.dtype != torch.float64 for p in trainable.values()):
-        return None, None, "values in less than float64 are too coarse to difference"
+    assert again.loss is not None
+    if any(t.dtype != torch.float64 for t in (again.loss, *again.predictions, *trainable.values())):
+        return None, None, TOO_COARSE
     told = _along(trainable, again.gradients)
     wide = _differenced(subject, given, again.form, NUDGE)
     if near_slope(wide, told):
@@ -525,6 +643,8 @@ def _slopes(
         return None, None, "a forward that keeps nothing of its parameters, as spectral norm does"
     if _stopped_in_loss(subject, given, again):
         return None, None, "a loss that detaches nothing itself: its gradient is not its slope"
+    if _stopped_in_a_head(subject, given, again):
+        return None, None, "a forward that detaches nothing for some of its predictions alone"
     return wide, told, ""
 
 
@@ -600,6 +720,38 @@ def _stopped_in_loss(subject: Subject, given: Given, again: _Again) -> bool:
     return near_slope((right - left) / (2 * NUDGE), told)
 
 
+def _stopped_in_a_head(subject: Subject, given: Given, again: _Again) -> bool:
+    """Tell whether forward detaches for some features of its predictions, and not for others.
+
+    A head on detached features is so on purpose: what cuts the state short cuts it for all.
+    """
+    assert again.loss is not None
+    _load_values(subject.module, given)
+    predictions = _run(subject, given, float(again.loss.detach())).predictions
+    trainable = _trainable(subject)
+    count = predictions[0].shape[-1] if predictions[0].dim() > 1 else 1
+    if count < 2 or any(p.dim() < 2 or p.shape[-1] != count for p in predictions):
+        return False
+    weights = [torch.randn(p.shape[:-1], generator=_fixed()).to(p) for p in predictions]
+
+    def sums(predictions: Sequence[Tensor]) -> Tensor:
+        pairs = zip(predictions, weights, strict=True)
+        return torch.stack([(p * w.unsqueeze(-1)).flatten(0, -2).sum(0) for p, w in pairs]).sum(0)
+
+    told = [
+        _along(trainable, _pulled_back([one], [torch.ones_like(one)], trainable))
+        for one in sums(predictions).unbind()
+    ]
+    left, right = _moved_along(subject, given, (-NUDGE, NUDGE), sums)
+    by_values = ((right - left) / (2 * NUDGE)).tolist()
+    right_ones = [near_slope(*pair) for pair in zip(by_values, told, strict=True)]
+    return any(right_ones) and not all(right_ones)
+
+
+def _fixed() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
 def _rounding(given: Given, again: _Again) -> float:
     """Return about what rounding of the loss and of nudged parameters does to a slope by values."""
     assert again.loss is not None
@@ -629,7 +781,7 @@ def _directed(
 
     The part is the product of the two, which is never made: a parameter may be large.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = _fixed()
     for name, parameter in trainable.items():
         count = len(parameter) if parameter.dim() > 1 else 1
         sizes = count, parameter.numel() // count if count else 0
@@ -670,8 +822,8 @@ def _moved_along(
     subject: Subject,
     given: Given,
     nudges: Sequence[float],
-    measure: Callable[[Sequence[Tensor]], float],
-) -> list[float]:
+    measure: Callable[[Sequence[Tensor]], _Measured],
+) -> list[_Measured]:
     """Measure the predictions with all parameters moved so far along the direction."""
     measured = []
     trainable = _trainable(subject)

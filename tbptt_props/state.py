@@ -53,6 +53,11 @@ def _value_of_tensor(tensor: Tensor) -> Tensor:
     return torch.clone(tensor.detach())
 
 
+def dense(tensor: Tensor) -> Tensor:
+    """Return a tensor of the same numbers in every entry: an embedding's gradient may be sparse."""
+    return tensor.to_dense() if tensor.is_sparse else tensor
+
+
 def same_layout(tensor: Tensor) -> Tensor:
     """Return a copy of `tensor` with its very strides and offset, for bitwise comparisons."""
     storage = tensor.detach().untyped_storage().clone()  # type: ignore[no-untyped-call]

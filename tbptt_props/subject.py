@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tbptt_props.batch import Parts
 from tbptt_props.case import Case
 from tbptt_props.contract import Contract
+from tbptt_props.precision import PRECISIONS, Precision
 from tbptt_props.state import leaves
 
 Batches = Sequence[Any]
@@ -60,6 +61,11 @@ class Subject:
         outputs: returns `(prediction, state)` of what forward returns, where that is no pair:
             `lambda out: (out["logits"], out["past"])`.
         train: `train(module, batches)` trains a module that is no LightningModule.
+        precision: in which precision it is trained, as a Trainer's `precision` has it: "64-true",
+            "32-true", "bf16-mixed" or "16-mixed". By default float64, or float32 if the module
+            can't. A loop that `train` trains enters autocast by itself.
+        device: where it is trained, "cpu" or "cuda": the module is moved there, and batches are
+            handed out on the CPU, as a loader does.
         validates: whether Lightning validates the module, if it has a `validation_step`, before the
             last batch of every second case, on a copy of that batch: training must not notice.
         around: a context manager that is entered around each training, with the subject.
@@ -69,7 +75,8 @@ class Subject:
 
     Raises:
         TypeError: an argument is of the wrong kind.
-        ValueError: `forward` names nothing that the module has, or `patience` is not positive.
+        ValueError: `forward` names nothing that the module has, there is no such `precision`, or
+            `patience` is not positive.
     """
 
     module: nn.Module
@@ -81,6 +88,8 @@ class Subject:
     parts: Parts | None = field(default=None, kw_only=True)
     outputs: Callable[[Any], tuple[Tensor, Any]] | None = field(default=None, kw_only=True)
     train: Callable[[Any, Batches], object] | None = field(default=None, kw_only=True)
+    precision: Precision | None = field(default=None, kw_only=True)
+    device: str = field(default="cpu", kw_only=True)
     validates: bool = field(default=True, kw_only=True)
     around: Callable[[Subject], AbstractContextManager[object]] | None = field(
         default=None, kw_only=True
@@ -103,6 +112,12 @@ class Subject:
         object.__setattr__(self, "state", _names(self.state))
         if not isinstance(self.forward, str):
             raise TypeError(f"forward must be a name, got forward={shortened(self.forward)}")
+        if self.precision is not None and self.precision not in PRECISIONS:
+            known = ", ".join(PRECISIONS)
+            given = shortened(self.precision)
+            raise ValueError(f"precision must be one of {known}, got precision={given}")
+        if not isinstance(self.device, str) or not _is_a_device(self.device):
+            raise ValueError(f"device must be cpu or cuda, got device={shortened(self.device)}")
         if not self.patience > 0:
             raise ValueError(f"patience must be positive, got patience={self.patience}")
         if not callable(resolve(self.module, self.forward)):
@@ -141,6 +156,13 @@ class Subject:
         return copy.deepcopy(self.loss) if isinstance(self.loss, nn.Module) else self.loss
 
 
+def _is_a_device(name: str) -> bool:
+    try:
+        return torch.device(name).type != "meta"
+    except RuntimeError:
+        return False
+
+
 def _names(state: object) -> tuple[str, ...]:
     names = (state,) if isinstance(state, str) else state
     if not isinstance(names, (tuple, list)) or not all(isinstance(n, str) for n in names):
@@ -164,11 +186,11 @@ def held_to_be_one(loss: Callable[[Tensor, Any], Tensor]) -> Callable[[Tensor, A
     """Return `loss`, raising an ObservationError where it is none that a chunk can be judged by."""
 
     @functools.wraps(loss, updated=())
-    def held(prediction: Tensor, target: Any) -> Tensor:
+    def held(prediction: Any, target: Any) -> Tensor:
         try:
             value: object = loss(prediction, target)
         except Exception as error:
-            shapes = f"{tuple(prediction.shape)} and {_shaped(target)}"
+            shapes = f"{_shaped(prediction)} and a target of shape {_shaped(target)}"
             raise ObservationError(
                 f"{LOSS_IS_DUE}, but for a prediction of shape {shapes} it raised "
                 f"{type(error).__name__}: {error}"
@@ -178,20 +200,20 @@ def held_to_be_one(loss: Callable[[Tensor, Any], Tensor]) -> Callable[[Tensor, A
     return held
 
 
-def _shaped(target: Any) -> str:
-    shapes = " and ".join(str(tuple(leaf.shape)) for leaf in leaves(target).values())
-    return f"a target of shape {shapes}"
+def _shaped(tree: Any) -> str:
+    return " and ".join(str(tuple(leaf.shape)) for leaf in leaves(tree).values())
 
 
 LOSS_IS_DUE = "loss must take (prediction, target) and return a scalar tensor"
 
 
-def _held(value: object, prediction: Tensor) -> Tensor:
+def _held(value: object, prediction: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise ObservationError(f"{LOSS_IS_DUE}, got {shortened(value)}")
     if value.numel() != 1:
         raise ObservationError(f"{LOSS_IS_DUE}, got a tensor of shape {tuple(value.shape)}")
-    if torch.is_grad_enabled() and prediction.requires_grad and not value.requires_grad:
+    graph = any(leaf.requires_grad for leaf in leaves(prediction).values())
+    if torch.is_grad_enabled() and graph and not value.requires_grad:
         raise ObservationError(f"{LOSS_IS_DUE}, got one without the prediction's graph")
     return value
 

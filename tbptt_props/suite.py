@@ -19,11 +19,12 @@ import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 
 from tbptt_props.case import Case
+from tbptt_props.device import unavailable
 from tbptt_props.editions import preview_of
 from tbptt_props.judge import Bench, Property
 from tbptt_props.kept import Kept, cases_of, keep
 from tbptt_props.ledger import NOTED, PREFIX, Finding, Tally
-from tbptt_props.options import ASKED, KEPT, PROFILES, Options, unknown
+from tbptt_props.options import ASKED, CONFORMANCE, DEVICE, KEPT, PROFILES, Options, unknown
 from tbptt_props.properties import PROPERTIES
 from tbptt_props.report import WIDTH, BrokenProperty, Report, Verdict, failure_text
 from tbptt_props.strategies import cases
@@ -201,6 +202,7 @@ class _Test:
         self.number = _number()
         self.benches: dict[tuple[Any, ...], Bench] = {}
         self.found: _Found
+        self.device: str | None = None  # of the item that is running
         self.body = self._body()
         self.search = self._drawn(_settled(max_examples))
 
@@ -223,13 +225,14 @@ class _Test:
 
     def bench(self, owner: tuple[Any, ...], fixtures: dict[str, Any]) -> Bench:
         """Return what all items judge on that are built by the same owner and fixtures."""
-        key = _key(owner, fixtures)
+        key = (self.device, *_key(owner, fixtures))
         if key not in self.benches:
             self.benches.clear()
             self.benches[key] = Bench(
                 lambda case: self.build(*owner, case=case, **fixtures),
                 self.properties,
                 name=self.name,
+                device=self.device,
             )
         return self.benches[key]
 
@@ -311,6 +314,8 @@ def _item_of(test: _Test) -> Any:
         __tracebackhide__ = True
         options = request.config.stash.get(ASKED, Options())
         test.found = _Found(kwargs["judged"], functools.partial(_replay, request))
+        test.device = _device_of(request)
+        _require_device(test.device, strict=options.strict)
         if takes_request:
             kwargs["request"] = request
         begun = time.perf_counter()
@@ -323,9 +328,26 @@ def _item_of(test: _Test) -> Any:
             _keep(request, test.found, options)
         _require_shown(test.found, strict=options.strict)
 
+    setattr(item, CONFORMANCE, True)
     item.__signature__ = _with_request(test.search)  # type: ignore[attr-defined]
     item.tbptt_build = test.build  # type: ignore[attr-defined]
     return item
+
+
+def _device_of(request: pytest.FixtureRequest) -> str | None:
+    """Return the device that an item is for; None where none is asked for."""
+    callspec = getattr(request.node, "callspec", None)
+    return callspec.params.get(DEVICE) if callspec else None
+
+
+def _require_device(device: str | None, *, strict: bool) -> None:
+    """Skip an item that is for a device which is not there."""
+    __tracebackhide__ = True
+    missing = unavailable(device) if device else ""
+    if missing and strict:
+        _failed(f"not judged: needs {missing}. Give it that, or leave out --tbptt-strict")
+    if missing:
+        pytest.skip(f"not judged: needs {missing}")
 
 
 def _require_shown(found: _Found, *, strict: bool) -> None:
@@ -354,7 +376,9 @@ def _replay(request: pytest.FixtureRequest, case: Case) -> str:
     # An item's id has its file from the root: not what is typed where pytest was called.
     file = os.path.relpath(request.node.path, request.config.invocation_params.dir)
     item = "::".join([file, *str(request.node.nodeid).split("::")[1:]])
-    return f"pytest {shlex.quote(item)} --tbptt-case={shlex.quote(repr(case))}"
+    device = _device_of(request)
+    on = f" --tbptt-device={device}" if device else ""
+    return f"pytest {shlex.quote(item)} --tbptt-case={shlex.quote(repr(case))}{on}"
 
 
 def _kept_for(request: pytest.FixtureRequest) -> list[Case]:

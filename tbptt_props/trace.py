@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from tbptt_props.contract import Contract
 from tbptt_props.lines import Line
 
 Tensors = Mapping[str, Tensor]
+REWORKED = "a state that goes from call to call of forward as it is"  # missing, if it doesn't
 Place = tuple[int, int]  # (sequence, time step) within a batch
 Span = tuple[int, int]  # time steps from the first up to, not including, the second
 Kind = Literal["forward", "backward", "update"]
@@ -87,8 +89,10 @@ class Call:
     x: Any  # inputs, (B, K, I) or any other layout with the features last
     state: Any  # as it was handed in; None where there was none
     others: tuple[tuple[Any, ...], Mapping[str, Any]]  # arguments behind the state
-    prediction: Tensor | None = None
+    prediction: Tensor | None = None  # those of several heads, if so, as one tensor
+    nest: Any = None  # how these were nested
     state_after: Any = None
+    is_state: bool = False  # the prediction is handed on as the state, as cells do
     attached: bool = False  # the incoming state carries a graph
     handed: bool = True  # a state was handed over at all, be it None
 
@@ -119,6 +123,8 @@ class Given:
     feeding: frozenset[str] = frozenset()  # parameters that the incoming state is made from
     initial: Any = None  # the state in which the whole run began
     context: int = 0  # time steps run over before the chunk's own, without a loss
+    autocast: torch.dtype | None = None  # to which products were rounded, if they were
+    keeps_casts: bool = False  # weights are rounded once, and kept so
     repeats: tuple[Any, ...] = ()  # states from which a closure's later evaluations started
 
 
@@ -154,7 +160,6 @@ class Outcome:
     standing: Tensors = field(default_factory=dict)  # gradients of chunks that share the update
     left: Tensors = field(default_factory=dict)  # those and this chunk's, as backward left them
     returned: bool = False  # gradients were handed back to the loop, which left them nowhere
-    lines: Mapping[Kind, Line] = field(default_factory=dict)  # of the user's, on which each came
     idle: str = ""  # why an update by hand may have been made, and could not be seen
     besides: frozenset[str] = frozenset()  # parameters with a way to the loss past forward
 
@@ -178,11 +183,15 @@ class Chunk:
     evaluations: int = 1  # how often a closure ran it
     lanes: tuple[int, ...] = ()  # the sequence in each row of the batch; () where not known
     pieces: tuple[Span, ...] = ()  # where one backward ran over calls that are cut apart
+    runs: tuple[Span, ...] = ()  # of each call of forward, if all are of the same sequences
+    uncut: tuple[tuple[Span, Span], ...] = ()  # chunks due that one backward ran through
+    reworked: bool = False  # between calls, the loop makes another state of the one returned
     moved: bool = True  # its update changed some parameter
     index: int = 0  # which of its batch's chunks it is
     context: int = 0  # time steps among its inputs that belong to chunks before
     padded: bool = False  # with rows from outside the batch, on which its loss does not depend
     adds_up: bool = False  # its gradients are promised to stay for the next chunk's update
+    lines: Mapping[Kind, Line] = field(default_factory=dict)  # the user's, on which events came
 
     def __str__(self) -> str:
         """Say which chunk this is, in a person's words."""
@@ -316,6 +325,7 @@ class Trace:
     watched: int = 0  # how many chunks' graphs were looked after
     updates: int = 0  # how many there were
     counted: int | None = None  # how many Lightning counted; None: not trained by Lightning
+    skipped: int = 0  # updates that a scaler left out, for gradients too large for float16
     changed: tuple[tuple[int, Difference], ...] = ()  # entries of the caller's batches
     validated: bool = False  # before the last batch
     diverged: str = ""  # which numbers were the first that are not finite, if any

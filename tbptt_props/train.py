@@ -13,12 +13,16 @@ from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.loggers.logger import DummyLogger
-from torch import Tensor
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from tbptt_props.batch import Batch
 from tbptt_props.forward import Forward
 from tbptt_props.places import locate
+from tbptt_props.precision import Precision
 from tbptt_props.process import Hung
 from tbptt_props.subject import Batches, ObservationError, Subject, WiringError
 from tbptt_props.watch import Training, Watching
@@ -31,15 +35,23 @@ def train(
     *,
     skip: int = 0,
     validation: Batches = (),
+    processes: int = 1,
+    strategy: str = "auto",
 ) -> BaseException | None:
     """Train the subject's module on the batches from number `skip` on.
 
-    Before the last batch, Lightning validates on the batches for `validation`, if there are any.
+    Before the last batch, Lightning validates on the batches for `validation`, if there are any. As
+    one of several processes, it is trained by the `strategy` that has this name in Lightning.
     """
     if subject.disturbed is not None:
         batches = [subject.disturbed(batch) for batch in batches]
     with subject.around(subject) if subject.around else nullcontext():
-        return _trained(subject, batches, watch, skip, validation)
+        return _trained(subject, batches, watch, skip, validation, _among(processes, strategy))
+
+
+def is_lightnings(kind: object) -> bool:
+    """Tell whether it is a class of LightningModules."""
+    return isinstance(kind, type) and issubclass(kind, pl.LightningModule)
 
 
 def validates(module: object) -> bool:
@@ -49,13 +61,18 @@ def validates(module: object) -> bool:
 
 
 def _trained(
-    subject: Subject, batches: Batches, watch: Watching, skip: int, validation: Batches
+    subject: Subject,
+    batches: Batches,
+    watch: Watching,
+    skip: int,
+    validation: Batches,
+    among: dict[str, Any],
 ) -> BaseException | None:
     module = subject.module
     if subject.train is not None:
         return _with_function(subject, subject.train, batches, watch, skip)
     if isinstance(module, pl.LightningModule):
-        return _with_lightning(module, batches, watch, skip, validation)
+        return _with_lightning(subject, module, batches, watch, skip, validation, among)
     raise ObservationError(
         f"{type(module).__name__} is no LightningModule: say how it is trained with "
         "Subject(..., train=...), a function of the module and its batches"
@@ -66,16 +83,17 @@ def _trained(
 
 
 def _with_lightning(
+    subject: Subject,
     module: pl.LightningModule,
     batches: Batches,
     watch: Watching,
     skip: int,
     validation: Batches,
+    among: dict[str, Any],
 ) -> BaseException | None:
     teller = _Teller(watch, skip, validates_after=len(batches) - 2 if validation else -1)
     trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
+        accelerator=torch.device(subject.device).type,
         max_epochs=1,
         logger=DummyLogger(),
         callbacks=[teller],
@@ -86,6 +104,8 @@ def _with_lightning(
         val_check_interval=1,
         inference_mode=False,  # in which torch would refuse a state left by validation, not we
         num_sanity_val_steps=0,
+        **among,
+        **_in_precision(subject.precision, torch.device(subject.device).type),
     )
     original = module.training_step
     own = "training_step" in vars(module)
@@ -124,6 +144,19 @@ def _with_lightning(
         if own:
             module.training_step = original  # type: ignore[method-assign]
     return None
+
+
+def _among(processes: int, strategy: str) -> dict[str, Any]:
+    """Return what tells a Trainer that it is one of several processes, each with its own data."""
+    return {"devices": processes, "strategy": strategy, "use_distributed_sampler": False}
+
+
+def _in_precision(precision: Precision | None, device: str) -> dict[str, Any]:
+    """Return what tells a Trainer in which precision to train."""
+    if precision == "bf16-mixed" or precision == "16-mixed":
+        # By the plugin itself: told by its name, Lightning has no float16 on the CPU.
+        return {"plugins": [MixedPrecision(precision, device)]}
+    return {"precision": precision or "32-true"}  # in which nothing is cast, be it float64
 
 
 class _Loader:
@@ -180,13 +213,18 @@ class _Teller(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
 
+        configured = [config.scheduler for config in trainer.lr_scheduler_configs]
+        # A scaler, too, goes by what it remembers, and can be asked for it and told.
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scalers = [] if scaler is None else [scaler]
+
         def set_updates(count: int) -> None:
             progress.total.completed = progress.total.ready = count
 
         self.watch.training_begun(
             Training(
                 optimizers=trainer.optimizers,
-                schedulers=[config.scheduler for config in trainer.lr_scheduler_configs],
+                schedulers=[*configured, *_schedulers_kept(pl_module, configured), *scalers],
                 updates=lambda: trainer.global_step,
                 set_updates=set_updates,
             )
@@ -196,6 +234,12 @@ class _Teller(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
         self.watch.backward_announced(loss)
+
+
+def _schedulers_kept(module: nn.Module, besides: Sequence[Any]) -> list[Any]:
+    """Return the schedulers that a module keeps by itself, which Lightning does not know of."""
+    kept = [v for v in vars(module).values() if isinstance(v, LRScheduler)]
+    return [one for one in kept if not any(one is other for other in besides)]
 
 
 # Any function -------------------------------------------------------------------------------

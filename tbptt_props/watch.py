@@ -18,6 +18,7 @@ import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +34,7 @@ from tbptt_props.aims import targets_of
 from tbptt_props.batch import Batch
 from tbptt_props.byhand import BY_HAND, Rate
 from tbptt_props.compare import difference, same, scaling
+from tbptt_props.device import drawn
 from tbptt_props.forward import Arguments, Forward
 from tbptt_props.graph import (
     any_within,
@@ -42,10 +44,12 @@ from tbptt_props.graph import (
     sequence_number,
     variables_past,
 )
-from tbptt_props.lines import Line, users_line
+from tbptt_props.layout import alike, joined, of_parts
+from tbptt_props.lines import Line, calls_itself, users_line
 from tbptt_props.places import lanes_of, locate, span_of, time_first
+from tbptt_props.precision import autocast_in_force, keeps_casts
 from tbptt_props.process import Hung, Watchdog, randomness
-from tbptt_props.state import leaves, value_of
+from tbptt_props.state import dense, leaves, value_of
 from tbptt_props.subject import ObservationError, Subject, WiringError
 from tbptt_props.trace import (
     Call,
@@ -103,6 +107,8 @@ class _Snapshot:
     trainable: frozenset[str]
     attributes: Mapping[str, Mapping[str, Any]]
     randomness: Any
+    autocast: torch.dtype | None
+    keeps_casts: bool
 
 
 @dataclass(eq=False)
@@ -179,12 +185,16 @@ class Watch:
         subject: Subject,
         batches: Sequence[Batch],
         hand_on: Callable[[Chunk], None],
+        *,
+        plan: Sequence[Sequence[Span]] = (),
     ) -> None:
-        """Watch `subject` on `batches`, of which pristine copies are kept."""
+        """Watch `subject` on `batches`, of which pristine copies are kept, and `plan` is due."""
         self.subject = subject
+        self.plan = plan
         self.module = subject.module
+        self.device = torch.device(subject.device).type
         self.hand_on = hand_on
-        self.pristine = [batch.copied() for batch in batches]
+        self.pristine = [batch.copied().moved(subject.device) for batch in batches]
         self.forward = Forward(subject)
         self.names = {id(p): name for name, p in self.module.named_parameters()}
         self.open: list[_LiveCall] = []
@@ -201,6 +211,8 @@ class Watch:
         self.graphs: list[tuple[str, list[weakref.ref[_Canary]]]] = []
         self.outlived: list[str] = []
         self.watched = 0
+        self.ended: tuple[int, int, Call] | None = None  # the last chunk: batch, calls, the last
+        self.trained: set[tuple[int, frozenset[str]]] = set()  # parameters, by batch and chunk
         self.batch = -1
         self.fresh_batch = False
         self.changed: list[tuple[int, Difference]] = []
@@ -220,6 +232,8 @@ class Watch:
         self.calls_ever = 0
         self.layer = _only_layer(self.module) if subject.forward == "forward" else None
         self.layer_calls = 0
+        self.layer_cuts = 0
+        self.in_forward: int | None = None  # calls of the layer by the forward under way
         self.last_state: Any = None
         self.initial_state: Any = None
         self.busy = False
@@ -308,7 +322,8 @@ class Watch:
             undo.enter_context(self.forward.replaced(self._called))
             if self.layer is not None:
                 layer = self.module.get_submodule(self.layer)
-                undo.callback(layer.register_forward_pre_hook(self._count_layer).remove)
+                count = self._count_layer
+                undo.callback(layer.register_forward_pre_hook(count, with_kwargs=True).remove)
             for name, layer in _bidirectional(self.module):
                 look = functools.partial(self._refuse_backward_state, name)
                 undo.callback(layer.register_forward_pre_hook(look, with_kwargs=True).remove)
@@ -319,8 +334,14 @@ class Watch:
             undo.callback(register_optimizer_step_post_hook(self._after_step).remove)
             yield
 
-    def _count_layer(self, *called: object) -> None:
+    def _count_layer(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
+        """Count the calls of the only layer, and those in which forward cuts its state itself."""
         self.layer_calls += 1
+        if self.in_forward is not None and torch.is_grad_enabled() and not self.busy:
+            handed = leaves(args[1] if len(args) > 1 else kwargs.get("hx")).values()
+            attached = [leaf for leaf in handed if leaf.requires_grad]
+            self.layer_cuts += bool(self.in_forward and handed and not attached)
+            self.in_forward += 1
 
     def _refuse_backward_state(self, name: str, layer: nn.Module, args: Any, kwargs: Any) -> None:
         """Refuse a layer whose backward direction goes on from the state of the chunk before."""
@@ -396,20 +417,28 @@ class Watch:
         if self.initial_state is None:
             self.initial_state = live.call.state
         live.opened = sequence_number()
+        self.in_forward = 0
         returned = original(*args, **kwargs)
+        self.in_forward = None
         live.closed = sequence_number()
-        live.drew = not torch.equal(torch.get_rng_state(), live.snapshot.randomness[0])
-        prediction, after = self._came_out(returned, arguments, before)
+        live.drew = not torch.equal(drawn(), live.snapshot.randomness[0])
+        predicted, after = self._came_out(returned, arguments, before)
         with self._own_code():
             self.last_state = value_of(after)
+            pair = joined(predicted)
+            assert pair is not None  # or it would not have come out
             live.call = replace(
-                live.call, prediction=prediction.detach(), state_after=self.last_state
+                live.call,
+                prediction=pair[0].detach(),
+                nest=pair[1],
+                is_state=any(predicted is leaf for leaf in leaves(after).values()),
+                state_after=self.last_state,
             )
             live.hands_on_a_graph = any(leaf.grad_fn for leaf in leaves(after).values())
-            if prediction.grad_fn is not None:
+            if pair[0].grad_fn is not None:
                 # What `outputs` made of it may not be behind what the loop keeps.
                 raw = leaves(returned).values() if self.subject.outputs else ()
-                self._look_after(live, prediction, (*leaves(after).values(), *raw))
+                self._look_after(live, predicted, (*leaves(after).values(), *raw))
                 self.open.append(live)
         return returned
 
@@ -493,7 +522,7 @@ class Watch:
 
     def _came_out(
         self, returned: Any, arguments: Arguments, before: Mapping[str, Any]
-    ) -> tuple[Tensor, Any]:
+    ) -> tuple[Any, Any]:
         found = self._made_a_pair(returned)
         if found is not None and (
             arguments.has_state or self.calls_ever > 1 or self.forward.parameters[1:]
@@ -501,19 +530,24 @@ class Watch:
             return found
         with self._own_code():
             guessed = self.forward.guess(before, arguments, returned)
+            several = not guessed and self.forward.returns_several_predictions(arguments, returned)
         if found is not None and not guessed:
             return found
+        instead: dict[str, Any] = {"state": guessed} if guessed else {}
+        if not instead and self.layer_calls and isinstance(returned, Tensor):
+            # Its state never leaves forward, which may cut the sequence itself.
+            instead = {"forward": self.layer, "loss": None}
         self.problem = WiringError(
             f"{type(self.module).__name__}.{self.subject.forward} must return a pair (prediction, "
             f"state) whose prediction is a tensor, got {_kind(returned)}; name another call with "
             "Subject(..., forward='...') if this is not the one that runs a chunk, or say where "
             "the state is with Subject(..., state='...'), or how to make a pair of what it returns "
             "with Subject(..., outputs=...)",
-            {"state": guessed} if guessed else {},
+            {"outputs": _as_it_is} if several else instead,
         )
         raise self.problem
 
-    def _made_a_pair(self, returned: Any) -> tuple[Tensor, Any] | None:
+    def _made_a_pair(self, returned: Any) -> tuple[Any, Any] | None:
         """Return (prediction, state); what `outputs` raises is no fault of the loop's."""
         if self.subject.outputs is None:
             return self.forward.came_out(returned)
@@ -523,8 +557,8 @@ class Watch:
             raise self._fail(f"outputs raised {_told(error)} on {_kind(returned)}") from error
         if found is None:
             raise self._fail(
-                "outputs must return a pair (prediction, state) whose prediction is one tensor: "
-                "join several along their features, with torch.cat"
+                "outputs must return a pair (prediction, state) whose prediction is a tensor, or "
+                "several of the same sequences and time steps"
             )
         return found
 
@@ -541,6 +575,8 @@ class Watch:
             trainable=frozenset(n for n, p in self.module.named_parameters() if p.requires_grad),
             attributes=plain_attributes(self.module),
             randomness=randomness(),
+            autocast=autocast_in_force(self.device),
+            keeps_casts=keeps_casts(self.device),
         )
 
     def _note_moves(self, until: str) -> None:
@@ -576,10 +612,9 @@ class Watch:
             chunk = self._chunk_of(numbers)
             if chunk is not None:
                 chunk.besides |= self._besides(roots)
-                if chunk.complete:  # a second loss: what was cleared since the first is clear
-                    chunk.dirty = tuple(n for n in chunk.dirty if self._has_gradient(n))
+            self._note_what_was_cleared()
         if chunk is None:
-            return run()
+            return self._past_forward(run, numbers)
         self._refuse_odd_losses(roots)
         if self.lightning_updates is not None:
             chunk.through_lightning = through and chunk.through_lightning is not False
@@ -598,6 +633,31 @@ class Watch:
             _note_line(chunk, "backward", users_line())
             chunk.events.insert(before, "backward")  # updates may have been made by its hooks
             self._note_update_by_hand()  # a hook may have made it in the midst of backward
+        return result
+
+    def _note_what_was_cleared(self) -> None:
+        """Take what was cleared since a chunk's first backward for clear: a second loss follows."""
+        chunk = self.current
+        if chunk is not None and chunk.complete:
+            chunk.dirty = tuple(n for n in chunk.dirty if self._has_gradient(n))
+
+    def _past_forward(self, run: Callable[[], Any], numbers: list[int]) -> Any:
+        """Run a backward that comes to no prediction: a discriminator's, on what is detached.
+
+        The gradients that it leaves are not of the chunk's loss, and no mistake.
+        """
+        chunk = self.current
+        anew = not any_within(numbers, 0, self.horizon)  # nothing of a chunk gone by is behind it
+        if chunk is None or not chunk.complete or not anew or self.subject.contract.adds_up:
+            return run()
+        with self._own_code():
+            before = self._gradients(handed=None)
+        result = run()
+        with self._own_code():
+            after = self._gradients(handed=before)
+            left = {n: g for n, g in after.items() if g is not before.get(n)}
+            chunk.gradients = {**chunk.gradients, **left}
+            chunk.besides |= frozenset(left)
         return result
 
     def _besides(self, roots: list[Tensor]) -> frozenset[str]:
@@ -622,7 +682,7 @@ class Watch:
 
     def _has_gradient(self, name: str) -> bool:
         gradient = self.module.get_parameter(name).grad
-        return gradient is not None and bool(gradient.any())
+        return gradient is not None and bool(dense(gradient).any())
 
     def _moved(self, name: str) -> bool:
         """Tell whether a parameter is not as it was when it was last looked at."""
@@ -691,23 +751,29 @@ class Watch:
         finally:
             self.gathered = None
 
-    def _look_after(self, live: _LiveCall, prediction: Tensor, after: Iterable[Tensor]) -> None:
+    def _look_after(self, live: _LiveCall, predicted: Any, after: Iterable[Tensor]) -> None:
         """Hang canaries into the graph of a call, and be told of the gradient by its prediction."""
-        for tensor in (prediction, *after):
+        predictions = list(leaves(predicted).values())
+        for tensor in (*predictions, *after):
             if tensor.grad_fn is not None:
                 canary = _Canary()
                 mark(tensor, "tbptt", canary)
                 live.canaries.append(weakref.ref(canary))
-        mark(prediction, _PREDICTION)
+        for index, prediction in enumerate(predictions):
+            if prediction.grad_fn is not None:
+                mark(prediction, _PREDICTION)
+                take = functools.partial(self._take_cotangent, live, index)
+                prediction.register_hook(take)  # type: ignore[no-untyped-call]
 
-        def take(cotangent: Tensor) -> None:
-            gathered = self.gathered
-            if gathered is not None and not self.busy:
-                before = gathered.get(live)
-                taken = torch.clone(cotangent.detach())
-                gathered[live] = taken if before is None else before + taken
-
-        prediction.register_hook(take)  # type: ignore[no-untyped-call]
+    def _take_cotangent(self, live: _LiveCall, index: int, cotangent: Tensor) -> None:
+        gathered, nest = self.gathered, live.call.nest
+        if gathered is None or self.busy:
+            return
+        before, taken = gathered.get(live), torch.clone(cotangent.detach())
+        if nest is not None:
+            assert live.call.prediction is not None
+            taken = nest.slopes(index, taken, live.call.prediction.shape[:-1])
+        gathered[live] = taken if before is None else before + taken
 
     def _take_tentative(self) -> None:
         """Begin a chunk from gradients that were asked for and not accumulated by backward."""
@@ -797,7 +863,7 @@ class Watch:
             dirty=tuple(
                 name
                 for name, p in self.module.named_parameters()
-                if p.grad is not None and bool(p.grad.any())
+                if p.grad is not None and bool(dense(p.grad).any())
             ),
             rules=[rule for _, rule in early],
             mode=all(call.training for call in calls),
@@ -841,9 +907,10 @@ class Watch:
         for name, parameter in self.module.named_parameters():
             if parameter.grad is None:
                 continue
+            gradient = dense(parameter.grad.detach())
             known = handed.get(name) if handed is not None else None
-            equal = known is not None and same(parameter.grad, known)
-            found[name] = known if equal and known is not None else parameter.grad.detach().clone()
+            equal = known is not None and same(gradient, known)
+            found[name] = known if equal and known is not None else gradient.clone()
         return found
 
     # Update ---------------------------------------------------------------------------------
@@ -1042,7 +1109,9 @@ class Watch:
             if self.keeps_first and not self.closed:
                 self.first = chunk
             self.closed.append(chunk.slim())
+            self.ended = live.batch, len(live.calls), last.call
             self.watched += 1
+            self.trained.add((live.batch, live.calls[0].snapshot.trainable))
             del live, last
             self._note_graphs(allowed=1)
             self.busy = True
@@ -1058,9 +1127,28 @@ class Watch:
             gc.collect(1)  # only a cycle may be holding it, which is nobody's mistake
         if _alive(due) and not self.outlived:
             gc.collect()
+        if _alive(due) and calls_itself():
+            return  # its locals are there until it returns: looked at again at the batch's end
         if _alive(due):
             self.outlived.extend(label for label, _ in _alive(due))
         self.graphs = self.graphs[len(due) :]
+
+    def _is_reworked(self, live: _LiveChunk) -> bool:
+        """Tell whether the loop makes another state of what forward returns, at every time step.
+
+        Where a chunk is a single time step, all that shows is that it does so between chunks.
+        """
+        calls = [call.call for call in live.calls]
+        if len(calls) > 1:
+            return any(
+                call.attached and not alike(before.state_after, call.state)
+                for before, call in pairwise(calls)
+            )
+        batch, count, before = self.ended or (-1, 0, calls[0])
+        places = live.calls[0].places
+        by_step = places is not None and places.dim() == 2  # (sequences, their places)
+        follows = batch == live.batch and count == 1 and bool(leaves(calls[0].state))
+        return by_step and follows and not alike(before.state_after, calls[0].state)
 
     def _chunk(self, live: _LiveChunk) -> Chunk:
         first = live.calls[0]
@@ -1069,6 +1157,7 @@ class Watch:
         places = _without(context, fed)
         span = span_of(places)
         self.trained_to = max(self.trained_to, span[1] if span else 0)
+        due = self.plan[live.batch] if self.plan else ()
         return Chunk(
             batch=live.batch,
             span=span,
@@ -1085,6 +1174,8 @@ class Watch:
                 target=self._target(live, places),
                 context=context,
                 feeding=first.feeding,
+                autocast=first.snapshot.autocast,
+                keeps_casts=first.snapshot.keeps_casts,
                 repeats=tuple(live.repeats),
                 initial=self.initial_state,
             ),
@@ -1103,7 +1194,11 @@ class Watch:
                 scaled=tuple(
                     scaling(live.left or live.gradients, rule.handed) for rule in live.rules
                 ),
-                optimizers=tuple(frozenset(self._owned(o)) for o in self._optimizers()),
+                optimizers=tuple(
+                    owned
+                    for owned in (frozenset(self._owned(o)) for o in self._optimizers())
+                    if owned & first.snapshot.trainable
+                ),
                 randomness=first.snapshot.randomness[0],
                 drew=any(call.drew for call in live.calls),
                 complete=live.complete,
@@ -1111,16 +1206,19 @@ class Watch:
                 left=live.left,
                 returned=live.returned,
                 idle=live.idle,
-                lines=live.lines,
                 besides=live.besides,
             ),
             starts_batch=live.starts_batch,
             evaluations=live.evaluations,
-            pieces=_pieces(live.calls),
+            pieces=_pieces(live.calls, due if self.subject.contract.adds_up else ()),
+            uncut=_uncut(live.calls, due),
+            runs=_runs(live.calls),
             lanes=lanes_of(places),
+            reworked=self._is_reworked(live),
             moved=_has_moved(live.rules),
             index=live.index,
             adds_up=self.subject.contract.adds_up,
+            lines=live.lines,
             padded=_is_padded(live.calls),
         )
 
@@ -1163,7 +1261,8 @@ class Watch:
             prediction = prediction.narrow(time, context, prediction.shape[time] - context)
             if cotangent is not None:
                 cotangent = cotangent.narrow(time, context, prediction.shape[time])
-        return targets_of(self.subject.loss, prediction, cotangent, live.loss, batch, places)
+        loss = of_parts(self.subject.loss, call.call.nest)
+        return targets_of(loss, prediction, cotangent, live.loss, batch, places)
 
     def _note_changes(self, index: int) -> None:
         live, self.live_batch, self.in_batch = self.live_batch, None, False
@@ -1181,8 +1280,9 @@ class Watch:
 
 
 def _only_layer(module: nn.Module) -> str | None:
-    """Name the module's one recurrent layer of torch's, if it has just one."""
-    layers = [name for name, m in module.named_modules() if isinstance(m, nn.RNNBase) and name]
+    """Name the module's one recurrent layer or cell of torch's, if it has just one."""
+    kinds = (nn.RNNBase, nn.RNNCellBase)
+    layers = [name for name, m in module.named_modules() if isinstance(m, kinds) and name]
     return layers[0] if len(layers) == 1 else None
 
 
@@ -1238,7 +1338,7 @@ def _unpacked(packed: PackedSequence, places: Tensor | None) -> Tensor | None:
         return places
     laid_out = places.reshape(len(packed.batch_sizes), -1, 2).transpose(0, 1)
     order = packed.unsorted_indices
-    return laid_out if order is None else laid_out[order]
+    return laid_out if order is None else laid_out[order.cpu()]
 
 
 def _without(context: int, places: Tensor | None) -> Tensor | None:
@@ -1286,8 +1386,39 @@ def _has_moved(rules: list[Rule]) -> bool:
     return any(not same(rule.before[n], rule.after[n]) for rule in rules for n in rule.before)
 
 
-def _pieces(calls: list[_LiveCall]) -> tuple[Span, ...]:
-    """Return the time steps of each run of calls that hang together by their state."""
+def _runs(calls: list[_LiveCall]) -> tuple[Span, ...]:
+    """Return the time steps of each call, if all run over the same sequences."""
+    spans = [span for call in calls if (span := span_of(call.places)) is not None]
+    alike = len({lanes_of(call.places) for call in calls}) == 1
+    return tuple(spans) if alike and len(spans) == len(calls) else ()
+
+
+def _as_planned(calls: list[_LiveCall], plan: Sequence[Span]) -> tuple[Span, ...]:
+    """Return the time steps of each call, if each is just one of the chunks that are due."""
+    runs = _runs(calls)
+    return runs if {*runs} <= {*plan} else ()
+
+
+def _uncut(calls: list[_LiveCall], plan: Sequence[Span]) -> tuple[tuple[Span, Span], ...]:
+    """Return which chunks that are due one backward ran through, each with the one before it.
+
+    Of calls that run a single time step nothing is known: they may be any chunk's.
+    """
+    spans = _as_planned(calls, plan)
+    if all(stop - start == 1 for start, stop in spans):
+        return ()
+    pairs = zip(pairwise(spans), calls[1:], strict=True)
+    return tuple(pair for pair, call in pairs if call.call.attached)
+
+
+def _pieces(calls: list[_LiveCall], plan: Sequence[Span]) -> tuple[Span, ...]:
+    """Return the time steps of each run of calls that hang together by their state.
+
+    Where `plan` is that of chunks that may share a backward, each of them is a piece.
+    """
+    planned = _as_planned(calls, plan)
+    if planned:
+        return planned
     pieces: list[Span] = []
     for i, call in enumerate(calls):
         span = span_of(call.places)
@@ -1315,6 +1446,10 @@ def _as_places(places: Tensor | None) -> tuple[Place, ...]:
     if places is None:
         return ()
     return tuple((int(b), int(t)) for b, t in places.reshape(-1, 2).tolist())
+
+
+def _as_it_is(returned: Any) -> Any:
+    return returned
 
 
 def _told(error: Exception) -> str:

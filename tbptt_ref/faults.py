@@ -16,8 +16,15 @@ from typing import Literal, Protocol
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 
-from tbptt_ref import faults_side_effects, faults_state, faults_time, faults_update
-from tbptt_ref.module import TruncatedRNN
+from tbptt_ref import (
+    faults_precision,
+    faults_processes,
+    faults_side_effects,
+    faults_state,
+    faults_time,
+    faults_update,
+)
+from tbptt_ref.module import PLAIN_SGD, TruncatedRNN
 
 Need = Literal[
     "two time steps in a chunk",
@@ -222,4 +229,20 @@ FAULTS: tuple[Fault, ...] = (
     Fault(faults_side_effects.ForgetsManualOptimization),
     Fault(faults_side_effects.LeavesTheUpdateToLightning, ("two chunks",)),
     Fault(faults_side_effects.RefusesShortSequences, ("a sequence shorter than a chunk",)),
+)
+
+# Harmless in float64, where nothing is cast or scaled: the precision in which each does harm.
+UNDER_PRECISION: tuple[tuple[Literal["32-true", "bf16-mixed", "16-mixed"], Fault], ...] = (
+    ("32-true", Fault(faults_precision.KeepsItsCastWeights, ("two chunks",), optimizer=MOMENTUM)),
+    ("bf16-mixed", Fault(faults_precision.CarriesAHalfState, ("two chunks",), core=nn.GRU)),
+    ("16-mixed", Fault(faults_precision.ClipsScaledGradients, core=nn.GRU, optimizer=MOMENTUM)),
+)
+
+# Harmless in a single process: several have to train together.
+AMONG_PROCESSES: tuple[Fault, ...] = (
+    Fault(faults_update.CallsBackwardItself),
+    Fault(faults_processes.BlocksSynchronisation),
+    Fault(faults_processes.SynchronisesOncePerBatch, ("two chunks",)),
+    Fault(faults_processes.FollowsItsOwnLoss, optimizer=PLAIN_SGD),
+    Fault(faults_processes.SkipsEasyChunks),
 )

@@ -200,6 +200,7 @@ WIRED: dict[str, dict[str, Any]] = {
     "random_lengths": {"contract": tb.Contract(lengths="any")},
     "growing_lengths": {"contract": tb.Contract(lengths=growing)},
     "last_chunk": {"contract": lambda case: tb.Contract(carry="custom", lengths=last(case.chunk))},
+    "truncates_in_forward": {"contract": tb.Contract(update="batch")},
     "takes_the_iterator": {"contract": tb.Contract(update="batch")},
     "penalized": {"outputs": lambda out: out[:2]},
     "whole_chunks": {"contract": tb.Contract(tail="drop")},

@@ -400,15 +400,21 @@ class TurnsInSingle(TruncatedRNN):
         return super().forward(x @ torch.eye(x.shape[-1], dtype=torch.float32), state)
 
 
-@pytest.mark.parametrize("kind", [FirstStateInSingle, TurnsInSingle])
-def test_a_module_that_is_bound_to_float32_is_judged_in_it(kind: type[TruncatedRNN]) -> None:
+TOO_COARSE = "values in less than float64 are too coarse to difference"
+
+
+@pytest.mark.parametrize(
+    ("kind", "missing"),
+    [(FirstStateInSingle, ""), (TurnsInSingle, TOO_COARSE)],  # later chunks run in float64 as well
+)
+def test_a_module_that_is_bound_to_float32_is_judged_in_it(
+    kind: type[TruncatedRNN], missing: str
+) -> None:
     report = tb.check(made(kind)(SEVERAL), SEVERAL)
 
     assert report.broken == ()
-    assert report["gradients_span_the_whole_chunk"].missing == (
-        "values in less than float64 are too coarse to difference"
-    )
-    assert len(report.not_judged) == 3
+    assert report["gradients_span_the_whole_chunk"].missing == missing
+    assert len(report.not_judged) == (3 if missing else 2)
     assert torch.get_default_dtype() is torch.float32
 
 

@@ -320,6 +320,43 @@ def test_a_terminal_is_told_how_far_the_search_is_and_left_with_the_report_alone
     assert told == (f"{clear}1 of 2 cases, 0 s{found}{clear}2 of 2 cases, 0 s{found}{clear}")
 
 
+def test_several_processes_are_judged_by_what_they_share(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code = main(
+        [
+            "check",
+            "test_main:wrong",
+            "--processes",
+            "2",
+            "--max-examples",
+            "1",
+            "--seed",
+            "0",
+            *FIXED,
+        ]
+    )
+
+    assert code == 1
+    out = capsys.readouterr().out
+    assert "BROKEN      processes_share_their_gradients" in out
+    assert "Backward leaves each process its own gradients" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--processes", "0"], "processes must be at least 2"),
+        (["--processes", "2", "--sensitivity"], "leave out"),
+    ],
+)
+def test_processes_that_there_cannot_be_are_misuse(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", "test_main:wrong", *arguments]) == 2
+    assert told in capsys.readouterr().err
+
+
 def test_misuse_is_told_on_a_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)

@@ -357,6 +357,59 @@ def test_snntorch_does_not_detach_a_network_that_was_copied(snntorch: Any) -> No
     assert {"graph_crosses_no_boundary", "training_reaches_the_end"} <= broken(report)
 
 
+# fastai -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", ["build", "build_plain"])
+def test_fastai_breaks_nothing(build: str) -> None:
+    report = tb.verify(getattr(example("peers_fastai"), build), max_examples=15, seed=0)
+
+    assert not report.broken, report.as_text()
+    held = {verdict.name for verdict in report.holds}
+    assert held >= {
+        "graph_crosses_no_boundary",
+        "state_crosses_every_boundary",
+        "no_graph_outlives_its_chunk",
+        "loss_is_the_chunks_own",
+        "gradients_are_the_chunks_own",
+        "each_chunk_updates_once",
+        "each_chunk_draws_its_own_randomness",
+    }
+
+
+def test_a_state_that_fastai_does_not_detach_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = example("peers_fastai").build
+    monkeypatch.setattr("fastai.text.models.awdlstm.to_detach", lambda state, **_: state)
+
+    report = judged(subject, CASE)
+
+    # The learner goes on to its end after what was raised, with the state at hand.
+    outlives = {"no_graph_outlives_its_chunk"}
+    assert broken(report) - outlives == {"graph_crosses_no_boundary", "training_reaches_the_end"}
+
+
+def test_gradients_that_fastai_does_not_clear_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = example("peers_fastai").build
+    monkeypatch.setattr("fastai.optimizer.Optimizer.zero_grad", lambda self: None)
+
+    report = judged(subject, CASE)
+
+    assert broken(report) == {"gradients_are_the_chunks_own", "events_come_in_a_legal_order"}
+
+
+def test_fastai_halts_where_no_weights_are_dropped_out() -> None:
+    """Dropout of none hands the parameter itself back, which then can't be written over."""
+    fastai = example("peers_fastai")
+    case = tb.Case(steps=1, chunk=1)
+
+    report = judged(lambda case: fastai.build(case, {**fastai.WEIGHTS, "weight_p": 0.0}), case)
+
+    assert broken(report) == {"training_reaches_the_end"}
+    found = "Exception occured in `ModelResetter` when calling event `before_validate`"
+    assert found in said(report, "training_reaches_the_end")
+    assert tells(found, case, of="fastai")
+
+
 # What is told of them -----------------------------------------------------------------------
 
 
@@ -375,10 +428,12 @@ def test_the_versions_that_are_told_are_those_that_are_installed_here() -> None:
     for name, package in of.items():
         assert f"\n## {name} {pinned[package]}\n" in TOLD
     assert f"PyTorch {pinned['torch']}" in TOLD
-    lightning = (ROOT / "examples" / "peers_lightning19.py").read_text()
-    install = "pip install pytorch-lightning==1.9.5 'setuptools<81'"
-    assert install in lightning
-    assert install in TOLD
+    for name, install in {
+        "lightning19": "pip install pytorch-lightning==1.9.5 'setuptools<81'",
+        "fastai": "pip install fastai==2.8.12",
+    }.items():
+        assert install in (ROOT / "examples" / f"peers_{name}.py").read_text()
+        assert install in TOLD
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("examples/peers_*.py")))

@@ -256,7 +256,7 @@ def test_the_options_are_read_from_pyproject_and_the_command_line_wins(tmp_path:
         (
             "sensitivty = true",
             "pyproject.toml, [tool.tbptt_props]: no option 'sensitivty': "
-            "did you mean 'sensitivity'? There are sensitivity, strict, case, profile",
+            "did you mean 'sensitivity'? There are sensitivity, strict, case, profile, device",
         ),
         (
             "strict = 'yes'",

@@ -807,8 +807,13 @@ def test_a_kink_out_of_reach_does_no_harm(w: float) -> None:
     assert near_slope(found.slope, found.autograd_slope)
 
 
-def test_values_in_float32_are_too_coarse_for_a_slope() -> None:
+@pytest.mark.parametrize("takes_float64", [True, False])
+def test_of_what_trains_in_float32_slopes_are_looked_at_in_float64_if_it_can(
+    takes_float64: bool,
+) -> None:
     module = model().float()
+    if not takes_float64:
+        module.forward = single(module.forward)
     seen = chunk(module)
     assert seen.given is not None
     assert seen.given.target is not None
@@ -817,8 +822,23 @@ def test_values_in_float32_are_too_coarse_for_a_slope() -> None:
 
     found = due(module, replace(seen, given=given_))
 
-    assert found.slope is None
-    assert found.slope_unclear == "values in less than float64 are too coarse to difference"
+    assert {p.dtype for p in module.parameters()} == {torch.float32}
+    if takes_float64:
+        assert found.slope is not None
+        assert found.autograd_slope is not None
+        assert near_slope(found.slope, found.autograd_slope)
+    else:
+        assert found.slope is None
+        assert found.slope_unclear == "values in less than float64 are too coarse to difference"
+
+
+def single(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def refusing(x: Tensor, state: Any = None) -> Any:
+        if x.dtype == torch.float64:
+            raise RuntimeError("expected scalar type Float but found Double")
+        return forward(x, state)
+
+    return refusing
 
 
 # Randomness, buffers, attributes -------------------------------------------------------------

@@ -533,7 +533,49 @@ class SlotsAttached(right.StateInSlots):
             state.h = state.h.detach()
 
 
+class NeverCutsInForward(right.TruncatesInForward):
+    def carried(self, hidden: Tensor) -> Tensor | None:
+        return hidden
+
+
+class ForgetsInForward(right.TruncatesInForward):
+    def carried(self, hidden: Tensor) -> Tensor | None:
+        return None
+
+
+class ForgetsBetweenChunks(right.Zoneout):
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        for x, y in zip(*(b.split(self.bptt, dim=1) for b in batch), strict=True):
+            h = x.new_zeros(x.size(0), self.cell.hidden_size)
+            losses = []
+            for t in range(x.size(1)):
+                out, h = self(x[:, t], h)
+                losses.append(F.mse_loss(out, y[:, t]))
+            opt.zero_grad()
+            self.manual_backward(torch.stack(losses).mean())
+            opt.step()
+
+
 BROKEN_SHAPES: dict[str, tuple[str, str, Callable[[Case], nn.Module], str]] = {
+    "never_cuts_in_forward": (
+        "truncates_in_forward",
+        "forward carries its state on with its graph",
+        NeverCutsInForward,
+        "graph_crosses_no_boundary",
+    ),
+    "forgets_in_forward": (
+        "truncates_in_forward",
+        "forward starts each of its chunks from no state",
+        ForgetsInForward,
+        "state_crosses_every_boundary",
+    ),
+    "forgets_between_chunks": (
+        "zoneout",
+        "one time step at a time, from zeros in every chunk",
+        ForgetsBetweenChunks,
+        "state_crosses_every_boundary",
+    ),
     "self_not_detached": (
         "state_on_self",
         "the state on self is never detached, and the error is silenced",

@@ -1702,6 +1702,70 @@ def train_with_fabric(model: nn.Module, batches: Batches, *, bptt: int) -> None:
             hidden = hidden.detach()
 
 
+# -------------------------------------------------------------------------- cut inside of forward
+
+
+class TruncatesInForward(LightningModule):
+    """Forward runs over whole sequences, and cuts the graph every K time steps."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.bptt = case.chunk
+        self.gru = nn.GRU(case.inputs, case.hidden, batch_first=True)
+        self.head = nn.Linear(case.hidden, case.outputs)
+
+    def carried(self, hidden: Tensor) -> Tensor | None:
+        return hidden.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        outs, hidden = [], None
+        for chunk in x.split(self.bptt, dim=1):
+            out, hidden = self.gru(chunk, hidden)
+            outs.append(self.head(out))
+            hidden = self.carried(hidden)
+        return torch.cat(outs, dim=1)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        x, y = batch
+        return F.mse_loss(self(x), y)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+class Zoneout(LightningModule):
+    """One time step at a time, between which the loop holds back a part of the state."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.bptt = case.chunk
+        self.cell = nn.GRUCell(case.inputs, case.hidden)
+        self.head = nn.Linear(case.hidden, case.outputs)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.cell(x, h)
+        return self.head(h), h
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        x, y = batch
+        opt: Any = self.optimizers()
+        h = x.new_zeros(x.size(0), self.cell.hidden_size)
+        losses: list[Tensor] = []
+        for t in range(x.size(1)):
+            out, new = self(x[:, t], h)
+            h = 0.9 * new + 0.1 * h
+            losses.append(F.mse_loss(out, y[:, t]))
+            if (t + 1) % self.bptt == 0 or t + 1 == x.size(1):
+                opt.zero_grad()
+                self.manual_backward(torch.stack(losses).mean())
+                opt.step()
+                h, losses = h.detach(), []
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
 # ---------------------------------------------------------------------------------- the gallery
 
 
@@ -2010,6 +2074,11 @@ OTHER: dict[str, tuple[str, Callable[[Case], Unusual]]] = {
             [(x[..., 0].contiguous(), y[..., 0].contiguous()) for x, y in c.tensors()],
         ),
     ),
+    "truncates_in_forward": (
+        "forward(x) runs over whole sequences and detaches every K time steps",
+        usual(TruncatesInForward),
+    ),
+    "zoneout": ("the loop changes the state after every time step", usual(Zoneout)),
     "takes_the_iterator": ("training_step(dataloader_iter)", usual(TakesTheIterator)),
     "state_in_slots": ("the state is an object with slots", usual(StateInSlots)),
     "within_backward": (

@@ -1,0 +1,182 @@
+"""Holds what a loop does on one device against the same on another.
+
+Each chunk that one device came to is worked out anew on the other, from what that chunk was given.
+So no difference adds up over chunks, and the tolerance is that of a single one.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from tbptt_props.case import Case
+from tbptt_props.compare import near, rounded_to, worst
+from tbptt_props.judge import Bench
+from tbptt_props.observation import made_ready, observe, observing
+from tbptt_props.precision import dtype_of, rounding
+from tbptt_props.rederivation import rederive
+from tbptt_props.report import Report, Verdict
+from tbptt_props.state import leaves, map_tensors
+from tbptt_props.strategies import cases
+from tbptt_props.subject import Subject
+from tbptt_props.trace import (
+    Chunk,
+    Expected,
+    Finding,
+    NotJudged,
+    Trace,
+    Violation,
+    spanned,
+    told_apart,
+)
+
+Build = Callable[[Case], Subject]
+Again = Sequence[Expected]  # each chunk of a trace, worked out on the other device
+
+
+def verify_devices(
+    build: Build,
+    *,
+    devices: tuple[str, str] = ("cpu", "cuda"),
+    max_examples: int = 20,
+    seed: int | None = None,
+    **fixed: int,
+) -> Report:
+    """Search for a case on which what `build(case)` returns trains otherwise on one device.
+
+    Args:
+        build: makes a fresh subject for a case.
+        devices: the two that are held against each other.
+        max_examples: how many cases to try.
+        seed: makes the search repeatable; drawn anew if it is not given.
+        fixed: sizes of a case that the subject can't vary, by name.
+
+    Raises:
+        ObservationError: a subject can't be described, or there is no such device here.
+        TypeError: `build` does not return a subject.
+        ValueError: `max_examples` is below 1, or a size has no such name or value.
+    """
+    if max_examples < 1:
+        raise ValueError(f"max_examples must be at least 1, got max_examples={max_examples}")
+    bench = _Both(build, devices)
+    number = random.SystemRandom().getrandbits(64) if seed is None else seed
+    examples = bench.search(cases(**fixed), number, max_examples, None)
+    verdicts = tuple(
+        bench.shrunk(verdict, fixed, number, max_examples) if verdict.violations else verdict
+        for verdict in bench.summed().verdicts
+    )
+    return Report(bench.name, verdicts, examples=examples)
+
+
+def devices_train_alike(
+    traces: tuple[Trace, Trace], devices: tuple[str, str], again: Again
+) -> Iterator[Finding]:
+    """On each device the same chunks come to the same losses, gradients and states."""
+    halts = [trace.halt.error if trace.halt else "" for trace in traces]
+    if any(halts) and not all(halts):
+        which = int(bool(halts[1]))
+        where = f"training on {devices[which]}"
+        yield Violation(where, f"raised {halts[which]}", f"as on {devices[1 - which]}")
+    cuts = [[(chunk.batch, chunk.span) for chunk in trace.chunks] for trace in traces]
+    if not any(halts) and cuts[0] != cuts[1]:
+        found, due = (" ".join(spanned(span) for _, span in cut) for cut in cuts[::-1])
+        yield Violation(f"chunks on {devices[1]}", found, f"{due}, as on {devices[0]}")
+    judged = 0
+    for chunk, due_ in zip(traces[1].chunks, again, strict=True):
+        if not due_.missing and not (due_.draws and len({*devices}) > 1):
+            judged += 1
+            yield from _differences(chunk, due_, devices)
+    if not judged:
+        yield NotJudged("a forward that draws no random numbers, and that can be repeated")
+
+
+def _differences(chunk: Chunk, due: Expected, devices: tuple[str, str]) -> Iterator[Finding]:
+    outcome = chunk.outcome
+    assert outcome is not None
+    where, other = f"{chunk} on {devices[1]}", f"on {devices[0]}"
+    if due.loss is not None and outcome.complete and not near(outcome.loss, due.loss):
+        found, told = told_apart(outcome.loss, due.loss)
+        yield Violation(f"{where}, loss", found, f"{told} {other}")
+    found_ = {name: g for name, g in outcome.gradients.items() if name in due.gradients}
+    states = leaves(outcome.states[-1]) if outcome.states else {}
+    for what, one, expected in (
+        ("gradient of ", found_, {name: due.gradients[name] for name in found_}),
+        ("outgoing ", states, leaves(due.state)),
+    ):
+        for wrong in worst(one, expected):
+            value, told = wrong.told
+            yield Violation(f"{where}, {what}{wrong.entry}", value, f"{told} {other}")
+
+
+class _Both(Bench):
+    """Judges by what comes of a case on two devices."""
+
+    def __init__(self, build: Build, devices: tuple[str, str]) -> None:
+        super().__init__(build, properties=())
+        self.devices = devices
+
+    def judge(self, case: Case) -> Report:
+        """Return the report on `case`, training only the first time."""
+        if case not in self.reports:
+            self.reports[case] = self._judged(case)
+        return self.reports[case]
+
+    def summed(self) -> Report:
+        """Sum up all cases judged so far: broken on one is broken."""
+        return Report(self.name, (self._summed(devices_train_alike.__name__),))
+
+    def _judged(self, case: Case) -> Report:
+        with observing(case):
+            subject = self.fresh(case)
+        both = tuple(replace(subject, device=device) for device in self.devices)
+        first, second = (observe(one, case) for one in both)
+        with observing(case, dtype_of(subject.precision), self.devices[0]):
+            twin = made_ready(both[0].copied)
+            moved = [_moved(chunk, both[0].device) for chunk in second.chunks]
+            again = [rederive(twin, chunk, slope=False, mixing=False) for chunk in moved]
+            longest = max((stop - start for plan in second.plan for start, stop in plan), default=1)
+            autocast = next((c.given.autocast for c in second.chunks if c.given), None)
+            with rounded_to(rounding(autocast), longest):
+                found = list(devices_train_alike((first, second), self.devices, again))
+        return Report(self.name, (_verdict(found, case),), trace=None)
+
+
+def _verdict(found: Sequence[Finding], case: Case) -> Verdict:
+    violations = tuple(finding for finding in found if isinstance(finding, Violation))
+    missing = next((f.missing for f in found if isinstance(f, NotJudged)), "")
+    return Verdict(
+        name=devices_train_alike.__name__,
+        claim=(devices_train_alike.__doc__ or "").splitlines()[0],
+        violations=violations,
+        case=case if violations else None,
+        missing="" if violations else missing,
+        judged=int(bool(violations) or not missing),
+    )
+
+
+def _moved(chunk: Chunk, device: str) -> Chunk:
+    """Return a chunk with what it was given on another device, and nothing of what came of it."""
+    given, outcome = chunk.given, chunk.outcome
+    assert given is not None
+    assert outcome is not None
+
+    def moved(tree: Any) -> Any:
+        return map_tensors(lambda tensor: tensor.to(device), tree)
+
+    calls = tuple(
+        replace(c, x=moved(c.x), state=moved(c.state), others=moved(c.others)) for c in given.calls
+    )
+    return replace(
+        chunk,
+        given=replace(
+            given,
+            calls=calls,
+            parameters=moved(given.parameters),
+            buffers=moved(given.buffers),
+            attributes=moved(given.attributes),
+            target=moved(given.target),
+        ),
+        outcome=replace(outcome, cotangents=(), rules=(), gradients={}),
+    )

@@ -1,0 +1,56 @@
+"""More of strangers' loops: right ones break nothing and are judged; of wrong ones it is said why.
+
+They are told of as shortly as may be, and judged as their authors would have them judged.
+"""
+
+import pytest
+import torch
+from gallery.strangers import RIGHT, WRONG, Build
+
+import tbptt_props as tb
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*use_reentrant")
+
+# Between them: tails and none, one chunk and many, one batch and several.
+CASES = (
+    tb.Case(batch=3, steps=7, chunk=3, inputs=2, hidden=3, outputs=2, batches=2, seed=3),
+    tb.Case(batch=2, steps=5, chunk=2, inputs=2, hidden=4, outputs=3, seed=4),
+    tb.Case(batch=2, steps=6, chunk=2, inputs=3, hidden=2, outputs=2, batches=2, seed=8),
+    tb.Case(batch=2, steps=4, chunk=4, inputs=2, hidden=3, outputs=2, seed=12),
+    tb.Case(steps=2, chunk=1),
+)
+ALL = {judged.__name__ for judged in tb.PROPERTIES}
+RANDOM = "each_chunk_draws_its_own_randomness"
+
+
+def judged(build: Build) -> tuple[set[str], set[str]]:
+    """Return the names of the properties that are broken on some case, and that hold on some."""
+    broken: set[str] = set()
+    held: set[str] = set()
+    for case in CASES:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(case.seed)
+            subject = build(case)
+        report = tb.check(subject, case)
+        broken |= {verdict.name for verdict in report.broken}
+        held |= {verdict.name for verdict in report.holds}
+    return broken, held - broken
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_right_loop_breaks_nothing_and_is_judged(name: str) -> None:
+    build, unjudged = RIGHT[name]
+
+    broken, held = judged(build)
+
+    assert broken == set()
+    assert ALL - held - {RANDOM} == unjudged
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_loop_breaks_the_right_property(name: str) -> None:
+    build, due = WRONG[name]
+
+    broken, _ = judged(build)
+
+    assert due in broken
