@@ -991,10 +991,10 @@ FINGERPRINTS: tuple[Group, ...] = (
     ((SUMS,), (state_is_not_the_last,)),
     ((APART,), (core_runs_along_the_batch,)),
     ((AFRESH,), (state_outlives_its_batch,)),
+    ((TILE, CUT), (one_backward_through_the_batch,)),
     (
         (TILE,),
         (
-            one_backward_through_the_batch,
             tail_is_dropped,
             last_chunk_is_dropped,
             tail_is_merged,

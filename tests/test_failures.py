@@ -96,6 +96,7 @@ chunks_tile_the_sequence                                                  broken
 
   chunks: 0-2 3-4, but should be 0-1 2-3 4-4
 
+  at                HERE   prediction, state = self(x, state)
   smallest case     Case(steps=5, chunk=2)
   likely cause      The length of a chunk is taken for the number of chunks
   try               x.split(k, dim=1): chunk(k) and tensor_split(k) make k chunks, not chunks of k

@@ -120,7 +120,7 @@ BREAKS = {
     "WeightsTheTail": {LOSS, ORDINARY},
     "SumsTheLosses": {CUT, GONE, GRADIENTS, LOSS, RESUMED},
     "BackpropagatesOncePerBatch": {ONCE, RESUMED},
-    "BackpropagatesThroughTheBatch": {RESUMED, TILE},
+    "BackpropagatesThroughTheBatch": {CUT, RESUMED, TILE},
     "RunsAheadOfTheUpdate": {GRADIENTS, ORDER, RESUMED},
     "SumsLossesWithTheirGraphs": {GONE},
     "KeepsLosses": {GONE},

@@ -141,6 +141,25 @@ def test_other_faults_have_other_pictures(fault: str, due: str) -> None:
 @pytest.mark.parametrize(
     ("fault", "due"),
     [
+        # Of two batches, each cut into 0-1, 2-3 and 4-4.
+        ("RetainsItsPast", {"due": 10, "far": 12}),
+        ("DetachesEveryTimeStep", {"due": 6, "short": 4}),
+    ],
+)
+def test_each_time_step_that_is_due_or_reached_is_a_cell_of_its_kind(
+    fault: str, due: dict[str, int]
+) -> None:
+    judged = GRAPH if fault == "RetainsItsPast" else "gradients_span_the_whole_chunk"
+    section = parsed(as_html([data(fault)])).find(f".//section[@id='r0-{judged}']")
+
+    assert section is not None
+    kinds = [rect.attrib["class"] for rect in section.iter("rect")]
+    assert {kind: kinds.count(kind) for kind in {*kinds} - {"box"}} == due
+
+
+@pytest.mark.parametrize(
+    ("fault", "due"),
+    [
         ("RetainsItsPast", "forward ✗ → loss → gradients clear → backward ✗ → update"),
         ("NeverClears", "forward → loss → gradients not clear ✗ → backward ✗ → update"),
         ("ScalesTheLoss", "forward → loss ✗ → gradients clear → backward → update"),
