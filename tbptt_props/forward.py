@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tbptt_props.compiling import left_alone
 from tbptt_props.layout import joined
 from tbptt_props.process import randomness, set_randomness
 from tbptt_props.state import leaves, map_tensors, value_of
@@ -75,7 +76,7 @@ class Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
             return replacement(original, args, kwargs)
 
-        object.__setattr__(self.owner, self.attribute, forward)
+        object.__setattr__(self.owner, self.attribute, left_alone(forward))
         try:
             yield
         finally:

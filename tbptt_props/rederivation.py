@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from tbptt_props.byhand import BY_HAND
 from tbptt_props.compare import close, difference, near, near_slope, same, worst
+from tbptt_props.compiling import as_written
 from tbptt_props.device import drawn
 from tbptt_props.forward import Arguments, Forward
 from tbptt_props.graph import nodes_behind
@@ -63,8 +64,9 @@ def rederive(
     given, outcome = chunk.given, chunk.outcome
     if given is None or outcome is None:
         return Expected(missing="the chunk's tensors were dropped")
+    device = torch.device(subject.device).type
     try:
-        with _kept_randomness(), autocasting(given.autocast, torch.device(subject.device).type):
+        with _kept_randomness(), as_written(), autocasting(given.autocast, device):
             return _rederived(subject, chunk, given, outcome, slope=slope, mixing=mixing)
     except ObservationError as error:  # the loss is none, or none of several calls' predictions
         if len(given.calls) == 1:

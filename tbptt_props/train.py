@@ -73,6 +73,11 @@ def _trained(
         return _with_function(subject, subject.train, batches, watch, skip)
     if isinstance(module, pl.LightningModule):
         return _with_lightning(subject, module, batches, watch, skip, validation, among)
+    if isinstance(getattr(module, "_orig_mod", None), pl.LightningModule):
+        raise ObservationError(
+            "torch.compile(module) makes another object of a LightningModule, in which its loop is "
+            "compiled too: call module.compile(), or compile its core or its forward"
+        )
     raise ObservationError(
         f"{type(module).__name__} is no LightningModule: say how it is trained with "
         "Subject(..., train=...), a function of the module and its batches"

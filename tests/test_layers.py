@@ -26,8 +26,9 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
         "batch": {"places", "state", "trace"},
         "precision": {"trace"},
         "subject": {"batch", "case", "contract", "precision", "state"},
-        "forward": {"layout", "process", "state", "subject"},
+        "forward": {"compiling", "layout", "process", "state", "subject"},
         "graph": set(),
+        "compiling": set(),
         "device": set(),
         "process": {"device"},
         "compare": {"precision", "trace"},
@@ -67,6 +68,7 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
         "rederivation": {
             "byhand",
             "compare",
+            "compiling",
             "device",
             "forward",
             "graph",
