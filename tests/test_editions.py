@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 
 import tbptt_props as tb
-from tbptt_props import editions
+from tbptt_props import editions, options
 from tbptt_props.__main__ import main
 from tbptt_props.editions import EDITIONS, FIRST, SINCE, edition_in, preview_of
 from tbptt_ref.faults_update import CallsBackwardItself
@@ -32,7 +32,7 @@ def wrong(case: tb.Case, kind: type[TruncatedRNN] = CallsBackwardItself) -> tb.S
 def _a_new_edition(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the property that the loop breaks be new in a second edition."""
     monkeypatch.setattr(editions, "EDITIONS", (FIRST, "0.2"))
-    monkeypatch.setattr("tbptt_props.options.EDITIONS", (FIRST, "0.2"))
+    monkeypatch.setitem(options.VALID, "edition", (FIRST, "0.2"))
     monkeypatch.setitem(SINCE, LATER, "0.2")
 
 

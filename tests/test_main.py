@@ -158,7 +158,8 @@ def test_a_loop_that_is_wrong_ends_in_1_and_is_told_what_it_breaks(
             [f"{__name__}:automatic", "--chunk=2", "--steps=3", "--inputs=1", "--outputs=1"],
             "test_main:automatic: Automatic trains by automatic optimization, one update a batch: "
             "set self.automatic_optimization = False and make one update per chunk in "
-            "training_step",
+            "training_step; or, if forward cuts the sequence itself and one update for all of its "
+            "chunks is meant, promise that with Contract(update='batch')",
         ),
         (
             [f"{__name__}:bare"],
