@@ -461,7 +461,9 @@ class Automatic(TruncatedRNN):
 
 AUTOMATIC = (
     "Automatic trains by automatic optimization, one update a batch: set "
-    "self.automatic_optimization = False and make one update per chunk in training_step"
+    "self.automatic_optimization = False and make one update per chunk in training_step; or, if "
+    "forward cuts the sequence itself and one update for all of its chunks is meant, promise that "
+    "with Contract(update='batch')"
 )
 
 
@@ -518,10 +520,8 @@ class Swallowing(NoState):
 @pytest.mark.parametrize(
     ("kind", "returned"),
     [
-        (NoState, "a Tensor"),
         (Triple, "a tuple of 3"),
         (Labelled, "a dict"),
-        (Swallowing, "a Tensor"),
     ],
 )
 def test_a_forward_that_returns_no_pair_is_told_what_is_due(
@@ -536,6 +536,15 @@ def test_a_forward_that_returns_no_pair_is_told_what_is_due(
         "not the one that runs a chunk, or say where the state is with Subject(..., state='...'), "
         "or how to make a pair of what it returns with Subject(..., outputs=...)"
     )
+
+
+def test_where_forward_returns_no_state_its_layer_is_looked_at() -> None:
+    report = tb.check(subject(Swallowing), CASE)
+
+    found = [str(violation) for violation in report["state_crosses_every_boundary"].violations]
+    assert found
+    assert all("incoming state: none" in violation for violation in found)
+    assert report["loss_is_the_chunks_own"].status == "not judged"
 
 
 class Idle(TruncatedRNN):

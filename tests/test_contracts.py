@@ -81,7 +81,7 @@ BREAKS_UNDER: Mapping[str, Mapping[str, set[str]]] = {
         "UpdatesOncePerBatch": NOTHING,
         "BackpropagatesOncePerBatch": NOTHING,
         "TruncatedRNN": {GRADIENTS, ONCE},
-        "BackpropagatesThroughTheBatch": {ONCE, TILE},
+        "BackpropagatesThroughTheBatch": {CUT},
         "KeepsOnlyTheLastGradient": {GRADIENTS},
         "NeverClears": {ALONE, GRADIENTS, ONCE, ORDER},
         "ClearsOncePerBatch": {ONCE},

@@ -293,6 +293,8 @@ BY_ANOTHER_PLAN = {
     "packed",
     "takes_packed",
     "burn_in",
+    "truncates_in_forward",
+    "zoneout",
     "windows",
     "stepwise_windows",
     "last_chunk",

@@ -256,7 +256,8 @@ def test_the_options_are_read_from_pyproject_and_the_command_line_wins(tmp_path:
         (
             "sensitivty = true",
             "pyproject.toml, [tool.tbptt_props]: no option 'sensitivty': "
-            "did you mean 'sensitivity'? There are sensitivity, strict, case, profile, device",
+            "did you mean 'sensitivity'? There are sensitivity, strict, case, profile, report, "
+            "edition, device",
         ),
         (
             "strict = 'yes'",

@@ -277,6 +277,7 @@ def in_calls(seen: Chunk, lengths: list[int], *, attached: bool, loss: float) ->
     assert seen.given is not None
     (whole,) = seen.given.calls
     pieces = torch.split(whole.x, lengths, dim=1)
+    whole = replace(whole, state_after=whole.state)  # whatever it is, the next call gets it
     calls = (whole, *([replace(whole, attached=attached)] * (len(pieces) - 1)))
     return replace(
         seen,

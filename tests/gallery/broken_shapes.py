@@ -790,7 +790,7 @@ BROKEN_SHAPES: dict[str, tuple[str, str, Callable[[Case], nn.Module], str]] = {
         "summed_losses",
         "the one backward runs through the whole sequence",
         SummedThroughTheBatch,
-        "chunks_tile_the_sequence",
+        "graph_crosses_no_boundary",
     ),
     "summed_all_but_the_last": (
         "summed_losses",
