@@ -1,19 +1,27 @@
-"""The generated part of each page in docs/properties; `python tests/pages.py` writes them anew."""
+"""What is generated of the pages in docs; `python tests/pages.py` writes it anew.
 
+That is a part of each page in docs/properties, docs/gallery.md and docs/api.md.
+"""
+
+import inspect
 import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from textwrap import indent
+from typing import Any
 
 from test_faults import BREAKS
 from torch.nn.functional import mse_loss
 
 import tbptt_props as tb
+from tbptt_props.case import case_of
 from tbptt_props.judge import Property, replay
-from tbptt_props.report import failure_text
-from tbptt_ref.faults import FAULTS
+from tbptt_props.report import Report, failure_text
+from tbptt_ref.faults import FAULTS, Fault
 
-FOLDER = Path(__file__).parent.parent / "docs" / "properties"
+DOCS = Path(__file__).parent.parent / "docs"
+FOLDER, GALLERY, API = DOCS / "properties", DOCS / "gallery.md", DOCS / "api.md"
 BEGIN, END = "<!-- made by tests/pages.py -->", "<!-- end -->"
 FAULT = {fault.name: fault for fault in FAULTS}
 ALONE = tb.Case(steps=5, chunk=2)
@@ -79,13 +87,117 @@ def generated(judged: Property) -> str:
 
 def output(judged: str, fault: str, case: tb.Case) -> str:
     """Return what a failure says, but for the numbers of lines, which change with the sources."""
-    broken = FAULT[fault]
-    contract = tb.Contract(clip_norm=broken.clip_norm)
-    report = replay(
-        lambda case: tb.Subject(broken.build(case), loss=mse_loss, contract=contract), case
+    return told(report_on(FAULT[fault], case), judged)
+
+
+def report_on(fault: Fault, case: tb.Case) -> Report:
+    contract = tb.Contract(clip_norm=fault.clip_norm)
+    return replay(
+        lambda case: tb.Subject(fault.build(case), loss=mse_loss, contract=contract), case
     )
+
+
+def told(report: Report, judged: str) -> str:
     text = failure_text(replace(report, subject="test_rnn"), report[judged])
     return re.sub(r"\S*?(\w+\.py):\d+", r"\1", text)
+
+
+# What each fault has said --------------------------------------------------------------------
+
+LAWS = {
+    "one_chunk_is_one_ordinary_update",
+    "a_run_can_be_resumed_at_any_boundary",
+    "a_batch_knows_nothing_of_the_one_before",
+}
+ABOUT_THE_GALLERY = """\
+# What is said of each mistake
+
+The faults of `tbptt_ref.faults`, each on the smallest case that breaks something, with what the kit
+says of it there: of one property, if several are broken. [faults](faults.md) has the measured
+table. Made by `python tests/pages.py`.
+"""
+
+
+def gallery() -> str:
+    """Return the page on what each fault has said."""
+    parts = [f"\n## {fault.name}\n\n{said_of(fault)}\n" for fault in FAULTS]
+    return ABOUT_THE_GALLERY + "".join(parts)
+
+
+def said_of(fault: Fault) -> str:
+    """Return a fault's mistake, and the failure on its smallest case."""
+    report = report_on(fault, smallest(fault))
+    broken = [verdict.name for verdict in report.broken]
+    shown = next((name for name in broken if name not in LAWS), broken[0])
+    others = [f"`{name}`" for name in broken if name != shown]
+    beside = f"\n\nBroken there, too: {', '.join(others)}." if others else ""
+    return f"{fault.mistake}\n\n```\n{told(report, shown)}\n```{beside}"
+
+
+def smallest(fault: Fault) -> tb.Case:
+    """Return the case that docs/faults.md tells of a fault."""
+    page = (DOCS / "faults.md").read_text(encoding="utf-8")
+    (row,) = re.findall(rf"(?m)^\| {fault.name} \|.*$", page)
+    (case,) = re.findall(r"Case\(.*?\)", row)
+    return case_of(case)
+
+
+# The reference -------------------------------------------------------------------------------
+
+ABOUT_THE_API = """\
+# Reference
+
+All public names of `tbptt_props`, with their docstrings. Made by `python tests/pages.py`.
+"""
+
+
+def api() -> str:
+    """Return the page on all public names."""
+    names = [name for name in dir(tb) if name not in ("PROPERTIES", "__version__")]
+    return ABOUT_THE_API + "".join(map(documented, names))
+
+
+def called(name: str, public: Any) -> str:
+    """Write a call of it, with its arguments and their defaults, one a line where it is long."""
+    try:
+        parameters = list(inspect.signature(public).parameters.values())
+    except ValueError:
+        return name
+    listed = ["*" if p.kind is p.KEYWORD_ONLY else "" for p in parameters]
+    first = listed.index("*") if "*" in listed else -1
+    written = [as_written(p) for p in parameters if p.name != "self"]
+    if first >= 0:
+        written.insert(first - sum(p.name == "self" for p in parameters), "*")
+    line = f"{name}({', '.join(written)})"
+    return (
+        line if len(line) <= 100 else "\n".join([f"{name}(", *(f"    {w}," for w in written), ")"])
+    )
+
+
+def docstring(public: Any) -> str:
+    return inspect.getdoc(public) or ""
+
+
+def as_written(parameter: inspect.Parameter) -> str:
+    """Write an argument without its type, which its docstring tells of."""
+    star = "**" if parameter.kind is parameter.VAR_KEYWORD else ""
+    default = parameter.default
+    if default is parameter.empty:
+        return f"{star}{parameter.name}"
+    plain = default is None or isinstance(default, (bool, int, float, str)) or default == ()
+    return f"{parameter.name}={default!r}" if plain else f"{parameter.name}=..."
+
+
+def documented(name: str) -> str:
+    """Return what is told of a public name: how it is called, and its docstring."""
+    public = getattr(tb, name)
+    methods = [
+        f"{called(f'{name}.{method}', function)}\n\n{indent(docstring(function), '    ')}"
+        for method, function in vars(public).items()
+        if inspect.isclass(public) and inspect.isfunction(function) and method[0] != "_"
+    ]
+    text = "\n\n".join([called(name, public), docstring(public), *methods])
+    return f"\n## `{name}`\n\n```text\n{text}\n```\n"
 
 
 def written_anew(page: str, part: str) -> str:
@@ -99,3 +211,5 @@ if __name__ == "__main__":
     for judged in tb.PROPERTIES:
         path = FOLDER / f"{judged.__name__}.md"
         path.write_text(written_anew(path.read_text(), generated(judged)), encoding="utf-8")
+    GALLERY.write_text(gallery(), encoding="utf-8")
+    API.write_text(api(), encoding="utf-8")

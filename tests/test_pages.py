@@ -1,5 +1,6 @@
 """The pages in docs: their generated parts, their links, and every snippet, which is run."""
 
+import ast
 import re
 import sys
 import types
@@ -13,6 +14,7 @@ from torch.nn.functional import mse_loss
 
 import tbptt_props as tb
 from tbptt_props.judge import Property
+from tbptt_ref.faults import FAULTS, Fault
 from tbptt_ref.module import TruncatedRNN
 
 ROOT = Path(__file__).parent.parent
@@ -61,6 +63,32 @@ def test_the_pages_are_listed_by_claim() -> None:
     assert told.partition("<!-- properties -->")[2].strip().splitlines() == due
 
 
+# What each fault has said, and the API ---------------------------------------------------------
+
+
+def without_numbers(text: str) -> str:
+    """Leave out what another machine's sums may differ in."""
+    return re.sub(r"-?\d+(\.\d+)?(e-?\d+)?", "#", text)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_the_page_has_what_is_said_of_a_fault_now(fault: Fault) -> None:
+    page = pages.GALLERY.read_text(encoding="utf-8")
+    (part,) = re.findall(rf"(?ms)^## {fault.name}\n(.*?)(?=^## |\Z)", page)
+
+    assert without_numbers(part.strip()) == without_numbers(pages.said_of(fault))
+
+
+def test_the_page_has_the_faults_in_their_order() -> None:
+    page = pages.GALLERY.read_text(encoding="utf-8")
+
+    assert re.findall(r"(?m)^## (\w+)$", page) == [fault.name for fault in FAULTS]
+
+
+def test_the_reference_is_that_of_the_docstrings() -> None:
+    assert pages.API.read_text(encoding="utf-8") == pages.api(), "python tests/pages.py"
+
+
 # Links ---------------------------------------------------------------------------------------
 
 
@@ -96,8 +124,9 @@ SNIPPETS = {
     for path in PAGES
     if (blocks := re.findall(r"(?s)```python\n(.*?)```", path.read_text(encoding="utf-8")))
 }
-# Their snippets are of other libraries' loops; the examples that they are cut from are run.
+# Its snippets are of other libraries' loops: cut from examples, which are run by test_peers.
 RUN_ELSEWHERE = {"docs/peers.md"}
+CUT_FROM = r"(?s)<!-- from (\S+): ([\w, ]+) -->\n```python\n(.*?)\n```"
 
 
 class LitRNN(TruncatedRNN):
@@ -132,6 +161,19 @@ def test_every_snippet_runs(name: str) -> None:
             function.tbptt_build(tb.Case())
         elif own.startswith("test_"):
             function()
+
+
+def test_a_snippet_of_another_librarys_loop_is_cut_from_its_example() -> None:
+    page = (ROOT / "docs" / "peers.md").read_text(encoding="utf-8")
+    cut = re.findall(CUT_FROM, page)
+
+    assert len(cut) == len(SNIPPETS["docs/peers.md"]) > 5
+    for example, names, snippet in cut:
+        source = (ROOT / example).read_text(encoding="utf-8")
+        functions = [n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)]
+        shown = [f for name in names.split(", ") for f in functions if f.name == name]
+        parts = [ast.get_source_segment(source, function) or "" for function in shown]
+        assert snippet == "\n\n\n".join(parts)
 
 
 def test_the_pages_with_snippets_are_known() -> None:
