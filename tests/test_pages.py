@@ -5,6 +5,7 @@ import re
 import sys
 import types
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pages
@@ -124,8 +125,8 @@ SNIPPETS = {
     for path in PAGES
     if (blocks := re.findall(r"(?s)```python\n(.*?)```", path.read_text(encoding="utf-8")))
 }
-# Its snippets are of other libraries' loops: cut from examples, which are run by test_peers.
-RUN_ELSEWHERE = {"docs/peers.md"}
+# Their snippets are cut from examples, which are run by test_peers and test_loops.
+RUN_ELSEWHERE = {"docs/loops.md", "docs/peers.md"}
 CUT_FROM = r"(?s)<!-- from (\S+): ([\w, ]+) -->\n```python\n(.*?)\n```"
 
 
@@ -163,17 +164,23 @@ def test_every_snippet_runs(name: str) -> None:
             function()
 
 
-def test_a_snippet_of_another_librarys_loop_is_cut_from_its_example() -> None:
-    page = (ROOT / "docs" / "peers.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", sorted(RUN_ELSEWHERE))
+def test_a_snippet_that_is_not_run_is_cut_from_an_example_that_is(name: str) -> None:
+    page = (ROOT / name).read_text(encoding="utf-8")
     cut = re.findall(CUT_FROM, page)
 
-    assert len(cut) == len(SNIPPETS["docs/peers.md"]) > 5
-    for example, names, snippet in cut:
+    assert len(cut) == len(SNIPPETS[name]) > 4
+    for example, functions, snippet in cut:
         source = (ROOT / example).read_text(encoding="utf-8")
-        functions = [n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)]
-        shown = [f for name in names.split(", ") for f in functions if f.name == name]
-        parts = [ast.get_source_segment(source, function) or "" for function in shown]
-        assert snippet == "\n\n\n".join(parts)
+        shown = [source_of(function, source) for function in functions.split(", ")]
+        assert snippet == "\n\n\n".join(shown)
+
+
+def source_of(function: str, source: str) -> str:
+    """Return a function's source as if it stood at the top of its file."""
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    (node,) = (node for node in nodes if node.name == function)
+    return dedent("\n".join(source.splitlines()[node.lineno - 1 : node.end_lineno]))
 
 
 def test_the_pages_with_snippets_are_known() -> None:
