@@ -84,7 +84,7 @@ def test_verify_has_the_last_word_on_the_device() -> None:
 def test_each_property_is_an_item_on_each_device(
     pytester: pytest.Pytester, option: list[str], ids: tuple[str, ...]
 ) -> None:
-    pytester.makepyfile(test_suite=SUITE)
+    pytester.makepyfile(test_mine=SUITE)
 
     result = pytester.runpytest_inprocess(*LOAD, "--collect-only", "-q", *option)
 
@@ -100,7 +100,7 @@ def test_each_property_is_an_item_on_each_device(
 def test_without_a_gpu_its_items_are_skipped_with_the_reason_and_fail_where_all_has_to_be_judged(
     pytester: pytest.Pytester, strict: bool, outcome: str
 ) -> None:
-    pytester.makepyfile(test_suite=SUITE)
+    pytester.makepyfile(test_mine=SUITE)
     options = ["-rs", "--tbptt-device=cuda", *(["--tbptt-strict"] if strict else [])]
 
     result = pytester.runpytest_inprocess(*LOAD, *options)
@@ -113,7 +113,7 @@ def test_the_device_can_be_set_in_pyproject_and_an_unknown_one_is_refused(
     pytester: pytest.Pytester,
 ) -> None:
     pytester.makepyprojecttoml("[tool.tbptt_props]\ndevice = 'cpu'")
-    pytester.makepyfile(test_suite=SUITE)
+    pytester.makepyfile(test_mine=SUITE)
 
     asked = pytester.runpytest_inprocess(*LOAD, "--collect-only", "-q")
     wrong = pytester.runpytest_inprocess(*LOAD, "--tbptt-device=gpu")
@@ -126,12 +126,12 @@ def test_a_failure_names_the_device_in_its_replay(pytester: pytest.Pytester) -> 
     broken = SUITE.replace("TruncatedRNN(core", "CallsBackwardItself(core").replace(
         "tbptt_ref.module import TruncatedRNN", "tbptt_ref.faults_update import CallsBackwardItself"
     )
-    pytester.makepyfile(test_suite=broken)
+    pytester.makepyfile(test_mine=broken)
 
     result = pytester.runpytest_inprocess(*LOAD, "--tbptt-device=cpu")
 
     assert "--tbptt-device=cpu" in result.stdout.str()
-    result.stdout.fnmatch_lines(["test_suite.py::test_it[[]cpu[]]: *1 broken*"])
+    result.stdout.fnmatch_lines(["test_mine.py::test_it[[]cpu[]]: *1 broken*"])
 
 
 # What is placed wrongly ---------------------------------------------------------------------
