@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from gallery.correct import CORRECT
 from gallery.other_shapes import OTHER
+from gallery.strangers import RIGHT
 from test_gallery import BY_ANOTHER_CONTRACT, WIRED, subject_of, wired
 
 Build = Callable[[tb.Case], tb.Subject]
@@ -31,6 +32,8 @@ def loops() -> Iterator[tuple[str, Build]]:
         yield name, subject_of(made)
     for name in OTHER:
         yield name, _of_another_shape(name)
+    for name, (build, _) in RIGHT.items():
+        yield name, _seeded(build)
 
 
 def _of_another_shape(name: str) -> Build:
@@ -44,6 +47,15 @@ def _of_another_shape(name: str) -> Build:
         promised = told.get("contract")
         its_own = {**told, "contract": promised(case)} if callable(promised) else told
         return wired(unusual, **its_own)
+
+    return build
+
+
+def _seeded(made: Build) -> Build:
+    def build(case: tb.Case) -> tb.Subject:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(case.seed)
+            return made(case)
 
     return build
 
