@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -135,6 +136,8 @@ def _with_lightning(
     module.training_step = training_step  # type: ignore[method-assign]
     try:
         trainer.fit(module, _Loader(batches), _Loader(validation) if validation else None)
+    except SIGTERMException:  # somebody ends the process, and it is not the loop
+        raise
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns one into the other
             raise error.__context__ from None

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import assume
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.optim import SGD
@@ -774,6 +775,15 @@ def test_an_interruption_by_hand_is_the_callers_own() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         tb.check(subject(Interrupted), CASE)
+
+
+def test_a_process_that_is_ended_is_no_finding() -> None:
+    class Ended(TruncatedRNN):
+        def train_chunk(self, *chunk: Any) -> Any:
+            raise SIGTERMException
+
+    with pytest.raises(SystemExit):
+        tb.check(subject(Ended), CASE)
 
 
 # Loops that hang ----------------------------------------------------------------------------
