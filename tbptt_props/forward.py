@@ -194,9 +194,8 @@ class Forward:
 
     def _write(self, state: Mapping[str, Any]) -> None:
         for name in self.kept:
-            head, _, tail = name.rpartition(".")
-            owner = resolve(self.module, head) if head else self.module
-            setattr(owner, tail, map_tensors(_no_leaf, _own(state.get(name))))
+            owner, attribute = _holder(self.module, name)
+            setattr(owner, attribute, map_tensors(_no_leaf, _own(state.get(name))))
 
     # Finding out where the state is ---------------------------------------------------------
 
@@ -264,8 +263,7 @@ class Forward:
             torch.manual_seed(0)
             for other, value in values.items():
                 changed = map_tensors(change if other == name else torch.clone, value)
-                head, _, tail = other.rpartition(".")
-                setattr(resolve(self.module, head) if head else self.module, tail, changed)
+                setattr(*_holder(self.module, other), changed)
             args, kwargs = self.handed_over(arguments)
             try:
                 returned = getattr(self.owner, self.attribute)(*args, **kwargs)
@@ -276,8 +274,13 @@ class Forward:
 
 
 def _has(module: nn.Module, name: str) -> bool:
+    return hasattr(*_holder(module, name))
+
+
+def _holder(module: nn.Module, name: str) -> tuple[Any, str]:
+    """Return the object that a dotted name on `module` is an attribute of, and the attribute."""
     head, _, tail = name.rpartition(".")
-    return hasattr(resolve(module, head) if head else module, tail)
+    return (resolve(module, head) if head else module), tail
 
 
 def _own(value: Any) -> Any:
@@ -362,5 +365,4 @@ def _owner_of(module: nn.Module, name: str) -> tuple[Any, str]:
     found = resolve(module, name)
     if isinstance(found, nn.Module):
         return found, "forward"
-    head, _, tail = name.rpartition(".")
-    return (resolve(module, head) if head else module), tail
+    return _holder(module, name)
