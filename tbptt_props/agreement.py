@@ -5,7 +5,6 @@ Each property is a pure function from what the processes told to findings, as in
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -168,7 +167,5 @@ def causes_among(told: Processes, name: str) -> tuple[Cause, ...]:
     """Return the first mistake that would show as this did, and break the property `name`."""
     for fits, explains in CAUSES:
         if name in explains and fits(told):
-            sentence, _, fix = (inspect.getdoc(fits) or "").partition("\n\nTry: ")
-            fix = " ".join(fix.split())
-            return (Cause(fits.__name__, sentence.rstrip("."), fix, explains),)
+            return (Cause.told_by(fits, explains),)
     return ()

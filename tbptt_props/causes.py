@@ -7,7 +7,6 @@ and nothing of the subject: neither its class nor its source.
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 from collections import Counter
@@ -894,7 +893,7 @@ def causes_of(seen: Evidence) -> tuple[Cause, ...]:
     if not seen.broken:
         return ()
     found = tuple(
-        _cause(fingerprint, explained)
+        Cause.told_by(fingerprint, explained)
         for explained, fingerprints in map(_and_the_whole, FINGERPRINTS)
         for fingerprint in fingerprints
         if seen.broken & explained and fingerprint(seen)
@@ -902,7 +901,7 @@ def causes_of(seen: Evidence) -> tuple[Cause, ...]:
     known = any(LOSS in cause.explains for cause in found)
     if LOSS not in seen.broken or known or not the_loss_is_another_one(seen):
         return found
-    return (*found, _cause(the_loss_is_another_one, frozenset({LOSS, *WHOLE})))
+    return (*found, Cause.told_by(the_loss_is_another_one, frozenset({LOSS, *WHOLE})))
 
 
 def _and_the_whole(group: Group) -> tuple[frozenset[str], tuple[Fingerprint, ...]]:
@@ -918,11 +917,6 @@ def likeliest(found: Iterable[Sequence[Cause]], name: str, *, broken: int = 1) -
     fits = Counter(cause for causes in found for cause in causes if name in cause.explains)
     most = max(fits.values(), default=0)
     return tuple(cause for cause in fits if fits[cause] == most and 2 * most >= broken)
-
-
-def _cause(fingerprint: Fingerprint, explains: frozenset[str]) -> Cause:
-    sentence, _, fix = (inspect.getdoc(fingerprint) or "").partition("\n\nTry: ")
-    return Cause(fingerprint.__name__, sentence.rstrip("."), " ".join(fix.split()), explains)
 
 
 END = "training_reaches_the_end"

@@ -5,7 +5,8 @@ Shapes: B sequences, T time steps, K time steps in a chunk, I inputs, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -54,6 +55,12 @@ class Cause:
     sentence: str
     fix: str
     explains: frozenset[str] = frozenset()  # the properties that it can break
+
+    @classmethod
+    def told_by(cls, fingerprint: Callable[..., bool], explains: frozenset[str]) -> Cause:
+        """Read a cause from the docstring of the function that tells it: `mistake. Try: fix`."""
+        sentence, _, fix = (inspect.getdoc(fingerprint) or "").partition("\n\nTry: ")
+        return cls(fingerprint.__name__, sentence.rstrip("."), " ".join(fix.split()), explains)
 
 
 @dataclass(frozen=True)
