@@ -140,20 +140,7 @@ class _Both(Bench):
             autocast = next((c.given.autocast for c in second.chunks if c.given), None)
             with rounded_to(rounding(autocast), longest):
                 found = list(devices_train_alike((first, second), self.devices, again))
-        return Report(self.name, (_verdict(found, case),), trace=None)
-
-
-def _verdict(found: Sequence[Finding], case: Case) -> Verdict:
-    violations = tuple(finding for finding in found if isinstance(finding, Violation))
-    missing = next((f.missing for f in found if isinstance(f, NotJudged)), "")
-    return Verdict(
-        name=devices_train_alike.__name__,
-        claim=(devices_train_alike.__doc__ or "").splitlines()[0],
-        violations=violations,
-        case=case if violations else None,
-        missing="" if violations else missing,
-        judged=int(bool(violations) or not missing),
-    )
+        return Report(self.name, (Verdict.of(devices_train_alike, found, case),))
 
 
 def _moved(chunk: Chunk, device: str) -> Chunk:

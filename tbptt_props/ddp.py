@@ -35,7 +35,7 @@ from tbptt_props.rederivation import rederive
 from tbptt_props.report import Report, Verdict
 from tbptt_props.strategies import cases
 from tbptt_props.subject import ObservationError, Subject, shortened
-from tbptt_props.trace import Chunk, NotJudged, Violation
+from tbptt_props.trace import Chunk
 from tbptt_props.train import train
 from tbptt_props.watch import Watch
 
@@ -152,20 +152,9 @@ def judged(told: Processes, case: Case, name: str = "subject") -> Report:
     """Judge what the processes told of one case."""
     verdicts = []
     for property_ in OF_GROUPS:
-        found = list(property_(told))
-        violations = tuple(finding for finding in found if isinstance(finding, Violation))
-        missing = [finding.missing for finding in found if isinstance(finding, NotJudged)]
-        verdicts.append(
-            Verdict(
-                name=property_.__name__,
-                claim=(property_.__doc__ or "").splitlines()[0],
-                violations=violations,
-                case=case if violations else None,
-                missing="" if violations else next(iter(missing), ""),
-                judged=int(bool(violations) or not missing),
-                causes=causes_among(told, property_.__name__) if violations else (),
-            )
-        )
+        verdict = Verdict.of(property_, list(property_(told)), case)
+        causes = causes_among(told, verdict.name) if verdict.violations else ()
+        verdicts.append(replace(verdict, causes=causes))
     return Report(name, tuple(verdicts))
 
 

@@ -15,7 +15,7 @@ from tbptt_props.kept import Kept
 from tbptt_props.story import Scene, reach_map
 from tbptt_props.strategies import coverage
 from tbptt_props.subject import ObservationError
-from tbptt_props.trace import Cause, Trace, Violation, counted
+from tbptt_props.trace import Cause, Finding, NotJudged, Trace, Violation, counted
 
 MOST_VIOLATIONS = 4  # the first says it; the rest are the same in other words
 MOST_BESIDE_A_MAP = 2  # which shows all of them
@@ -50,6 +50,21 @@ class Verdict:
     causes: tuple[Cause, ...] = ()  # the mistakes that would break it so; several where all fit
     story: tuple[Scene, ...] = field(default=(), repr=False)  # of the case, if it is broken
     preview: str = ""  # the edition from which on it counts, if a later one was asked for
+
+    @classmethod
+    def of(cls, judged: Callable[..., Any], findings: Sequence[Finding], case: Case) -> Verdict:
+        """Return the verdict of a property on one case, from all that it found there."""
+        violations = tuple(found for found in findings if isinstance(found, Violation))
+        missing = next((found.missing for found in findings if isinstance(found, NotJudged)), "")
+        unjudged = bool(missing) and not violations
+        return cls(
+            name=judged.__name__,
+            claim=(judged.__doc__ or "").splitlines()[0],
+            violations=violations,
+            case=case if violations else None,
+            missing=missing if unjudged else "",
+            judged=int(not unjudged),
+        )
 
     @property
     def status(self) -> str:
