@@ -9,7 +9,7 @@ import argparse
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -20,44 +20,18 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from gallery.correct import CORRECT
 from gallery.other_shapes import OTHER
-from gallery.strangers import RIGHT
+from gallery.strangers import RIGHT, Build, seeded
 from test_gallery import BY_ANOTHER_CONTRACT, WIRED, subject_of, wired
-
-Build = Callable[[tb.Case], tb.Subject]
 
 
 def loops() -> Iterator[tuple[str, Build]]:
     """Yield every right loop by its name, wired."""
     for name, made in CORRECT.items():
         yield name, subject_of(made)
-    for name in OTHER:
-        yield name, _of_another_shape(name)
+    for name, (_, unusual) in OTHER.items():
+        yield name, wired(unusual, WIRED.get(name, {}))
     for name, (build, _) in RIGHT.items():
-        yield name, _seeded(build)
-
-
-def _of_another_shape(name: str) -> Build:
-    _, made = OTHER[name]
-    told = WIRED.get(name, {})
-
-    def build(case: tb.Case) -> tb.Subject:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(case.seed)
-            unusual = made(case)
-        promised = told.get("contract")
-        its_own = {**told, "contract": promised(case)} if callable(promised) else told
-        return wired(unusual, **its_own)
-
-    return build
-
-
-def _seeded(made: Build) -> Build:
-    def build(case: tb.Case) -> tb.Subject:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(case.seed)
-            return made(case)
-
-    return build
+        yield name, seeded(build)
 
 
 def alarms(build: Build, examples: int, seed: int) -> Iterator[str]:

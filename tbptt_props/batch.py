@@ -101,12 +101,16 @@ class Batch:
         change: Callable[[Tensor], Tensor] = lambda cut: cut,
         *,
         stop: int | None = None,
+        one_each: bool = False,
     ) -> Batch | None:
-        """Return it from time step `start` up to `stop`; None where it is unclear how to cut it."""
+        """Return it from time step `start` up to `stop`; None where it is unclear how to cut it.
+
+        With `one_each` there is a target for each sequence, even where (B, O) looks like (B, T).
+        """
         sequences, steps = self.inputs.shape[:2]
         left_out = 0 if stop is None else steps - stop
         first = self.inputs.stride(0) >= self.inputs.stride(1)  # sequences lie first in memory
-        uncut = 0 if self.by_step else id(self.targets)
+        uncut = id(self.targets) if one_each or not self.by_step else 0
 
         def cut(tensor: Tensor) -> Tensor:
             if id(tensor) == uncut:
@@ -121,7 +125,8 @@ class Batch:
         except ValueError:
             return None
         due = (sequences, steps - start - left_out)
-        return rest if rest.inputs.shape[:2] == due and rest.by_step == self.by_step else None
+        alike = one_each or rest.by_step == self.by_step
+        return rest if rest.inputs.shape[:2] == due and alike else None
 
     def lengths_cut(self, start: int) -> Batch | None:
         """Return it, cut at `start`, with what may be lengths of its sequences cut as well.

@@ -65,6 +65,7 @@ class Checkpoint:
     handed: bool = False
     layout: Any = None  # of the inputs with which to go on
     others: Any = None  # the other arguments of the call that goes on
+    one_each: bool = False  # whether there is a target for each sequence, be it T numbers long
     thorough: bool = False  # whether what the loop itself sets anew is overridden by that call
 
 
@@ -255,7 +256,8 @@ def resumed(
         if all((sequence, start) in padding for sequence in range(len(batches[batch].inputs))):
             return Rerun(where, missing="a boundary at which some sequence goes on")
         return Rerun(where, problem="no chunk starts there", due="one to go on with")
-    return _rerun(fresh, batches, marks.boundary, first, where)
+    left = replace(marks.boundary, one_each=watch.one_each)
+    return _rerun(fresh, batches, left, first, where)
 
 
 def _unknown_memory(watch: Watch) -> str:
@@ -341,7 +343,7 @@ def _cut(
     copies: list[Batch | None] = [batch.copied() for batch in batches]
     whole = copies[left.batch]
     if left.start and whole is not None:
-        copies[left.batch] = whole.cut(left.start, change)
+        copies[left.batch] = whole.cut(left.start, change, one_each=left.one_each)
     cut = [batch for batch in copies if batch is not None]
     return cut if len(cut) == len(batches) else None
 
@@ -522,10 +524,12 @@ def one_chunk(
         return Rerun(where, missing=SKIPPED)
     if chunk.padded:
         return Rerun(where, missing="inputs of forward that are the batch's own, without padding")
-    whole = batches[0].copied().cut(0, stop=marks.plan[0][0][1])  # without what is left out
+    stop = marks.plan[0][0][1]  # without what is left out
+    whole = batches[0].copied().cut(0, stop=stop, one_each=watch.one_each)
     if whole is None:
         return Rerun(where, missing=_UNCLEAR)
-    due = rederive(fresh(), _of_whole(whole, chunk), slope=False, mixing=False)
+    of_whole = _of_whole(whole, chunk, one_each=watch.one_each)
+    due = rederive(fresh(), of_whole, slope=False, mixing=False)
     if due.missing or due.loss is None:
         unknown = "targets of which it is clear how they are laid out"
         return Rerun(where, missing=due.missing or unknown)
@@ -583,7 +587,7 @@ def _is_one_chunk(marks: Bookmarks, watch: Watch) -> bool:
     return watch.subject.contract.planned or len(watch.closed) == 1
 
 
-def _of_whole(batch: Batch, chunk: Chunk) -> Chunk:
+def _of_whole(batch: Batch, chunk: Chunk, *, one_each: bool) -> Chunk:
     """Return `chunk` as it would be if it had been the whole batch, laid out as its inputs were."""
     given, outcome = chunk.given, chunk.outcome
     assert given is not None
@@ -603,7 +607,8 @@ def _of_whole(batch: Batch, chunk: Chunk) -> Chunk:
             )
         elif swapped:
             x, target = _laid_out(lambda t: t.transpose(0, 1), x, target)
-        given = replace(given, calls=(replace(given.calls[0], x=x),), target=target)
+        calls = (replace(given.calls[0], x=x),)
+        given = replace(given, calls=calls, target=given.target if one_each else target)
     return replace(chunk, given=given, outcome=replace(outcome, cotangents=(), rules=()))
 
 

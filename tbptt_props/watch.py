@@ -221,6 +221,7 @@ class Watch:
         self.in_batch = False
         self.in_this_batch = 0  # chunks
         self.trained_to = 0  # the time step up to which chunks of this batch came
+        self.one_each = False  # whether targets (B, O) that look like (B, T) were met
         self.problem: BaseException | None = None
         self.announced: list[int] = []
         self.lightning_updates: Callable[[], int] | None = None
@@ -1159,6 +1160,8 @@ class Watch:
         context = self._context(fed)
         places = _without(context, fed)
         span = span_of(places)
+        one_each = self._is_one_each(live, places)
+        self.one_each = self.one_each or one_each
         self.trained_to = max(self.trained_to, span[1] if span else 0)
         due = self.plan[live.batch] if self.plan else ()
         return Chunk(
@@ -1174,7 +1177,7 @@ class Watch:
                 trainable=first.snapshot.trainable,
                 attributes=first.snapshot.attributes,
                 randomness=first.snapshot.randomness,
-                target=self._target(live, places),
+                target=self._target(live, places, one_each=one_each),
                 context=context,
                 feeding=first.feeding,
                 autocast=first.snapshot.autocast,
@@ -1232,7 +1235,25 @@ class Watch:
         steps = places[:, 0, 1] if time_first(places) else places[0, :, 1]
         return int((steps < self.trained_to).sum())
 
-    def _target(self, live: _LiveChunk, places: Tensor | None) -> Any:
+    def _is_one_each(self, live: _LiveChunk, places: Tensor | None) -> bool:
+        """Tell whether there is a target for each sequence, where (B, O) looks like (B, T).
+
+        Where O = T, the prediction tells which it is.
+        """
+        if places is None or not 0 <= live.batch < len(self.pristine):
+            return False
+        batch = self.pristine[live.batch]
+        targets = batch.targets
+        if not isinstance(targets, Tensor) or targets.dim() != 2 or not batch.by_step:
+            return False
+        if not targets.is_floating_point():  # classes: (B * K, C) predictions may look like (B, T)
+            return False
+        predictions = [call.call.prediction for call in live.calls]
+        one_each = (len(lanes_of(places)), targets.shape[1])
+        found = [None if prediction is None else prediction.shape for prediction in predictions]
+        return found == [one_each] and places.shape[:-1] != one_each
+
+    def _target(self, live: _LiveChunk, places: Tensor | None, *, one_each: bool) -> Any:
         """Return the targets at the places that were fed, laid out as the inputs were."""
         if places is None or not 0 <= live.batch < len(self.pristine):
             return None
@@ -1242,7 +1263,7 @@ class Watch:
         packed = any(isinstance(c.call.x, PackedSequence) for c in live.calls)
         if packed and places.dim() < 3:  # targets are padded: nobody knows with what
             return None
-        if _is_one_each(batch, live.calls, places):
+        if one_each:
             return batch.targets[list(lanes_of(places))]
         return batch.targets_at(places)
 
@@ -1370,21 +1391,6 @@ def _is_padded(calls: Sequence[_LiveCall]) -> bool:
         if bool(call.cotangent[outside].any()):
             return False
     return True
-
-
-def _is_one_each(batch: Batch, calls: Sequence[_LiveCall], places: Tensor) -> bool:
-    """Tell whether there is a target for each sequence, where (B, O) looks like (B, T).
-
-    Where O = T, the prediction tells which it is.
-    """
-    targets = batch.targets
-    if not isinstance(targets, Tensor) or targets.dim() != 2 or not batch.by_step:
-        return False
-    if not targets.is_floating_point():  # classes: (B * K, C) predictions may look like (B, T)
-        return False
-    predicted = [None if c.call.prediction is None else c.call.prediction.shape for c in calls]
-    one_each = (len(lanes_of(places)), targets.shape[1])
-    return predicted == [one_each] and places.shape[:-1] != one_each
 
 
 def _has_moved(rules: list[Rule]) -> bool:

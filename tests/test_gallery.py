@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
-import torch
 from gallery.broken import BROKEN
 from gallery.broken_shapes import BROKEN_SHAPES, SelfResetInForward, as_wired
 from gallery.correct import CORRECT
 from gallery.other_shapes import OTHER, Unusual, growing, with_mask
+from gallery.strangers import Build, seeded
 from torch.nn.functional import mse_loss
 
 import tbptt_props as tb
@@ -35,7 +35,7 @@ BY_ANOTHER_CONTRACT = {
 }
 
 
-def subject_of(build: Callable[[tb.Case], Any]) -> Callable[[tb.Case], tb.Subject]:
+def subject_of(build: Callable[[tb.Case], Any]) -> Build:
     def subject(case: tb.Case) -> tb.Subject:
         module, loss = build(case)
         return tb.Subject(module, loss=loss)
@@ -220,29 +220,33 @@ def last(chunk: int) -> Callable[[int], list[tuple[int, int]]]:
     return lambda steps: [(max(0, steps - chunk), steps)]
 
 
-def wired(unusual: Unusual, **told: Any) -> tb.Subject:
-    def batches(case: tb.Case) -> list[Any]:
-        return unusual.batches
+def wired(build: Callable[[tb.Case], Unusual], told: Mapping[str, Any]) -> Build:
+    """Return what builds a subject, with what has to be told of it."""
 
-    train: Any = unusual.train
-    return tb.Subject(unusual.module, loss=unusual.loss, batches=batches, train=train, **told)
+    def subject(case: tb.Case) -> tb.Subject:
+        unusual = build(case)
+        promised = told.get("contract")
+        its_own = {**told, "contract": promised(case)} if callable(promised) else told
+        train: Any = unusual.train
+        return tb.Subject(
+            unusual.module,
+            loss=unusual.loss,
+            batches=lambda _: unusual.batches,
+            train=train,
+            **its_own,
+        )
+
+    return seeded(subject)
 
 
 def judged_as_wired(
     build: Callable[[tb.Case], Unusual], told: Mapping[str, Any]
 ) -> tuple[set[str], set[str]]:
     """Return the names of the properties that are broken on some case, and that hold on some."""
-    broken: set[str] = set()
-    held: set[str] = set()
-    for case in WIRED_CASES:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(case.seed)
-            unusual = build(case)
-        promised = told.get("contract")
-        its_own = {**told, "contract": promised(case)} if callable(promised) else told
-        report = tb.check(wired(unusual, **its_own), case)
-        broken |= {verdict.name for verdict in report.broken}
-        held |= {verdict.name for verdict in report.holds}
+    subject = wired(build, told)
+    reports = [tb.check(subject(case), case) for case in WIRED_CASES]
+    broken = {verdict.name for report in reports for verdict in report.broken}
+    held = {verdict.name for report in reports for verdict in report.holds}
     return broken, held - broken
 
 
@@ -258,6 +262,21 @@ def test_a_right_loop_that_is_wired_otherwise_breaks_nothing(name: str) -> None:
 
 # Fewer are judged where the kit is told or can see less.
 LEAST_HELD = {"pair_of_inputs": 16, "embeds_outside": 14}
+
+
+@pytest.mark.parametrize(
+    ("chunk", "law"),
+    [(1, "a_run_can_be_resumed_at_any_boundary"), (2, "one_chunk_is_one_ordinary_update")],
+)
+def test_one_target_for_each_sequence_may_have_as_many_numbers_as_there_are_time_steps(
+    chunk: int, law: str
+) -> None:
+    case = tb.Case(batch=3, steps=2, chunk=chunk, outputs=2, seed=4)
+
+    report = tb.check(wired(OTHER["target_per_sequence"][1], {})(case), case)
+
+    assert not report.broken
+    assert law in {verdict.name for verdict in report.holds}
 
 
 @pytest.mark.parametrize("name", BROKEN_SHAPES)

@@ -4,8 +4,7 @@ They are told of as shortly as may be, and judged as their authors would have th
 """
 
 import pytest
-import torch
-from gallery.strangers import RIGHT, WRONG, Build
+from gallery.strangers import RIGHT, WRONG, Build, seeded
 
 import tbptt_props as tb
 
@@ -25,15 +24,9 @@ RANDOM = "each_chunk_draws_its_own_randomness"
 
 def judged(build: Build) -> tuple[set[str], set[str]]:
     """Return the names of the properties that are broken on some case, and that hold on some."""
-    broken: set[str] = set()
-    held: set[str] = set()
-    for case in CASES:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(case.seed)
-            subject = build(case)
-        report = tb.check(subject, case)
-        broken |= {verdict.name for verdict in report.broken}
-        held |= {verdict.name for verdict in report.holds}
+    reports = [tb.check(seeded(build)(case), case) for case in CASES]
+    broken = {verdict.name for report in reports for verdict in report.broken}
+    held = {verdict.name for report in reports for verdict in report.holds}
     return broken, held - broken
 
 

@@ -1806,9 +1806,8 @@ def pairs_of_inputs(case: Case) -> Batches:
 
 
 def longer_by_one(case: Case) -> Batches:
-    """Make batches (T + 1, B, I)."""
-    longer = replace(case, steps=case.steps + 1)
-    return [x.transpose(0, 1).contiguous() for x, _ in longer.tensors()]
+    """Make batches (T + 1, B, I): the last time step's target is the first one's input."""
+    return [torch.cat([x, x[:, :1]], dim=1).transpose(0, 1) for x, _ in case.tensors()]
 
 
 def usual(kind: Callable[[Case], nn.Module]) -> Callable[[Case], Unusual]:

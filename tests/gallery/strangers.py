@@ -69,6 +69,17 @@ class Loop(LightningModule):
         return optim.Adam(self.parameters(), lr=0.01)
 
 
+def seeded(build: Build) -> Build:
+    """Return what builds the same module again from the same case."""
+
+    def subject(case: tb.Case) -> tb.Subject:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(case.seed)
+            return build(case)
+
+    return subject
+
+
 def told(loop: type[Loop], **wiring: Any) -> Build:
     return lambda case: tb.Subject(loop(case), **{"loss": F.mse_loss, **wiring})
 
