@@ -40,9 +40,14 @@ class Contract:
             chunks, whose gradients add up, or after so many chunks of a batch, and at its end.
             Changes what `each_chunk_updates_once`, `events_come_in_a_legal_order` and
             `gradients_are_the_chunks_own` expect.
+        accumulate_grad_batches: with update="batch", how many batches share an update, as in
+            Lightning's option of that name. What is left at the end of training may be updated with
+            or not. Changes the same properties as `update`; a batch that goes on with gradients of
+            the one before can't be run alone.
         weight: by what each chunk's loss is multiplied if several share an update: 1 ("sum"),
-            1 / the number of chunks ("mean"), or its share of the batch's time steps ("steps").
-            Changes what `loss_is_the_chunks_own` expects.
+            1 / the number of a batch's chunks ("mean"), or its share of the batch's time steps
+            ("steps"); where batches share it too, "mean" and "steps" divide by their number as
+            well. Changes what `loss_is_the_chunks_own` expects.
         clip_norm: the largest norm that the gradient of all of an optimizer's parameters has at
             an update. Changes what `gradients_are_the_chunks_own` expects there; without it,
             gradients may be clipped in any way.
@@ -58,6 +63,7 @@ class Contract:
     tail: Literal["keep", "drop"] = "keep"
     carry: Carry = "within"
     update: Literal["chunk", "batch"] | int = "chunk"
+    accumulate_grad_batches: int = 1
     weight: Literal["sum", "mean", "steps"] = "sum"
     clip_norm: float | None = None
     clip_value: float | None = None
@@ -72,6 +78,7 @@ class Contract:
         _require_word("weight", self.weight, ("sum", "mean", "steps"))
         if self.update not in ("chunk", "batch"):
             _require_count("update", self.update, "chunk")
+        _require_count("accumulate_grad_batches", self.accumulate_grad_batches, "batch")
         if self.lengths is not None and self.lengths != "any" and not callable(self.lengths):
             raise ValueError(f"lengths must be a function of T or 'any', got {self.lengths!r}")
         self._require_no_contradiction()
@@ -92,6 +99,11 @@ class Contract:
             raise ValueError(
                 "context is counted from where each chunk starts, which lengths='any' leaves open, "
                 f"got context={self.context}"
+            )
+        if self.accumulate_grad_batches > 1 and self.update != "batch":
+            raise ValueError(
+                "accumulate_grad_batches is about batches that share an update: it needs "
+                f"update='batch', got update={self.update!r}"
             )
         if self.weight != "sum" and self.update in ("chunk", 1):
             raise ValueError(
@@ -114,6 +126,11 @@ class Contract:
         """Whether several chunks may share an update."""
         return self.update not in ("chunk", 1)
 
+    @property
+    def alone(self) -> bool:
+        """Whether a batch has its updates for itself."""
+        return self.accumulate_grad_batches == 1
+
     def plan(self, case: Case, steps: int) -> tuple[tuple[int, int], ...]:
         """Return (start, stop) of each chunk due for a sequence of T = `steps` time steps.
 
@@ -129,20 +146,25 @@ class Contract:
         whole = tuple((start, stop) for start, stop in spans if stop - start == chunk)
         return spans if self.tail == "keep" else whole
 
-    def updates_after(self, index: int, count: int) -> bool:
-        """Tell whether an update is due after chunk `index` of the `count` of a batch."""
+    def updates_after(self, index: int, count: int, batch: int = 0) -> bool:
+        """Tell whether an update is due after chunk `index` of the `count` of batch `batch`.
+
+        Where batches share one, what the last of them leave undone is not known here.
+        """
         if self.update == "chunk":
             return True
         if index == count - 1:
-            return True
+            return (batch + 1) % self.accumulate_grad_batches == 0
         return isinstance(self.update, int) and (index + 1) % self.update == 0
 
     def share(self, index: int, plan: Sequence[tuple[int, int]]) -> float:
         """Return by what the loss of chunk `index` of a batch's plan is multiplied."""
         start, stop = plan[index]
-        if self.weight == "steps":
-            return (stop - start) / sum(last - first for first, last in plan)
-        return 1 / len(plan) if self.weight == "mean" else 1.0
+        if self.weight == "sum":
+            return 1.0
+        steps = sum(last - first for first, last in plan)
+        of_batch = (stop - start) / steps if self.weight == "steps" else 1 / len(plan)
+        return of_batch / self.accumulate_grad_batches
 
 
 def _spans(cut: Sequence[Any], steps: int) -> tuple[tuple[int, int], ...]:

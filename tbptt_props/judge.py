@@ -152,6 +152,7 @@ def _judge(
                     rederive(twin, chunk, slope=_looked_at(number), mixing=not number),
                     plans[chunk.batch],
                     twin.contract,
+                    len(plans),
                 )
                 unclear = _not_finite(link)
                 found = {

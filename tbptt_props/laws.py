@@ -271,6 +271,7 @@ def _unknown_memory(watch: Watch) -> str:
     return ""
 
 
+_OWN_UPDATES = "a contract by which a batch has its updates for itself"
 _NO_BOUNDARY = {
     False: "a case of at least two chunks",
     True: "a case with a boundary right after an update",
@@ -292,6 +293,8 @@ def alone(
         return Rerun(where, missing="lengths of chunks that are known before")
     if watch.subject.contract.carry != "within":
         return Rerun(where, missing="a contract by which each batch starts afresh")
+    if not watch.subject.contract.alone:
+        return Rerun(where, missing=_OWN_UPDATES)
     unknown = _unknown_memory(watch)
     if unknown:
         return Rerun(where, missing=unknown)
@@ -520,6 +523,8 @@ def one_chunk(
     if not rules:
         return Rerun(where, missing="the optimizers are not known")
     contract = watch.subject.contract
+    if not contract.alone:
+        return Rerun(where, missing=_OWN_UPDATES)
     if overflowed(chunk):
         return Rerun(where, missing=SKIPPED)
     if chunk.padded:

@@ -257,6 +257,7 @@ class Link:
     expected: Expected
     plan: tuple[Span, ...] = ()  # the chunks due in this batch
     contract: Contract = field(default_factory=Contract)
+    batches: int = 1  # how many there are to train on
 
     @property
     def starts(self) -> frozenset[int]:
@@ -269,13 +270,19 @@ class Link:
     def closes(self) -> bool:
         """Whether an update is due after the chunk."""
         last = self.chunk.index + max(1, len(self.chunk.pieces)) - 1
-        return self.contract.updates_after(last, len(self.plan))
+        if self.contract.updates_after(last, len(self.plan), self.chunk.batch):
+            return True
+        # Fewer batches than share an update may be left over: then either will do.
+        over = self.chunk.batch == self.batches - 1 and last == len(self.plan) - 1
+        return over and self.chunk.outcome is not None and bool(self.chunk.outcome.rules)
 
     @property
     def opens(self) -> bool:
         """Whether the chunk is the first after an update, or of all."""
-        index = self.chunk.index
-        return index == 0 or self.contract.updates_after(index - 1, len(self.plan))
+        index, batch = self.chunk.index, self.chunk.batch
+        if index:
+            return self.contract.updates_after(index - 1, len(self.plan), batch)
+        return batch % self.contract.accumulate_grad_batches == 0
 
     @property
     def share(self) -> float:

@@ -52,6 +52,15 @@ def test_a_promise_stays_as_it_is() -> None:
         ({"carry": None}, "carry must be 'within', 'across', 'flagged', 'custom', got carry=None"),
         ({"weight": "max"}, "weight must be 'sum', 'mean', 'steps', got weight='max'"),
         ({"update": 0}, "update must be at least 1 chunk, got update=0"),
+        (
+            {"accumulate_grad_batches": 0, "update": "batch"},
+            "accumulate_grad_batches must be at least 1 batch, got accumulate_grad_batches=0",
+        ),
+        (
+            {"accumulate_grad_batches": 2},
+            "accumulate_grad_batches is about batches that share an update: it needs "
+            "update='batch', got update='chunk'",
+        ),
         ({"update": -1}, "update must be at least 1 chunk, got update=-1"),
         ({"update": True}, "update must be at least 1 chunk, got update=True"),
         ({"update": 2.0}, "update must be at least 1 chunk, got update=2.0"),
@@ -248,6 +257,14 @@ def test_an_update_is_due_after_so_many_chunks_and_at_the_end(
     assert contract.adds_up == (update not in ("chunk", 1))
 
 
+def test_batches_may_share_an_update() -> None:
+    contract = Contract(update="batch", accumulate_grad_batches=2)
+
+    due = [contract.updates_after(i, 2, batch) for batch in range(4) for i in range(2)]
+
+    assert due == [False, False, False, True, False, False, False, True]
+
+
 @given(st.integers(1, 6), st.integers(1, 20))
 def test_no_update_is_of_more_chunks_than_were_promised(every: int, count: int) -> None:
     contract = Contract(update=every)
@@ -271,6 +288,16 @@ PLAN = ((0, 3), (3, 6), (6, 7))
 )
 def test_a_chunk_has_its_share_of_the_update(weight: Any, due: list[float]) -> None:
     contract = Contract(update="batch", weight=weight)
+
+    assert [contract.share(index, PLAN) for index in range(3)] == pytest.approx(due, rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("weight", "due"),
+    [("sum", [1, 1, 1]), ("mean", [1 / 12, 1 / 12, 1 / 12]), ("steps", [3 / 28, 3 / 28, 1 / 28])],
+)
+def test_the_share_is_that_of_all_batches_of_the_update(weight: Any, due: list[float]) -> None:
+    contract = Contract(update="batch", weight=weight, accumulate_grad_batches=4)
 
     assert [contract.share(index, PLAN) for index in range(3)] == pytest.approx(due, rel=1e-15)
 

@@ -197,6 +197,12 @@ WIRED: dict[str, dict[str, Any]] = {
     "summed_losses": {"contract": tb.Contract(update="batch")},
     "accumulates_two": {"contract": tb.Contract(update=2)},
     "mean_of_two": {"contract": tb.Contract(update=2, weight="mean")},
+    "accumulates_batches": {"contract": tb.Contract(update="batch", accumulate_grad_batches=2)},
+    "trainer_accumulates": {
+        "contract": tb.Contract(
+            carry="across", update="batch", accumulate_grad_batches=2, weight="mean"
+        )
+    },
     "random_lengths": {"contract": tb.Contract(lengths="any")},
     "growing_lengths": {"contract": tb.Contract(lengths=growing)},
     "last_chunk": {"contract": lambda case: tb.Contract(carry="custom", lengths=last(case.chunk))},

@@ -423,6 +423,18 @@ class AccumulatesThree(right.AccumulatesTwo):
             state = state.detach()
 
 
+class ClearsBetweenBatches(right.AccumulatesBatches):
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        opt.zero_grad()
+        super().training_step(batch, batch_idx)
+
+
+class UpdatesEveryBatch(right.AccumulatesBatches):
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        super().training_step(batch, 1)
+
+
 class RandomOverlap(right.RandomLengths):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         xs, ys = batch
@@ -814,6 +826,18 @@ BROKEN_SHAPES: dict[str, tuple[str, str, Callable[[Case], nn.Module], str]] = {
         "accumulates_two",
         "an update after every third chunk",
         AccumulatesThree,
+        "each_chunk_updates_once",
+    ),
+    "clears_between_batches": (
+        "accumulates_batches",
+        "the gradients of a batch are cleared as the next begins",
+        ClearsBetweenBatches,
+        "gradients_are_the_chunks_own",
+    ),
+    "updates_every_batch": (
+        "accumulates_batches",
+        "an update after every batch, where two should share it",
+        UpdatesEveryBatch,
         "each_chunk_updates_once",
     ),
     "random_overlap": (

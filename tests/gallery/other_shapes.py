@@ -9,7 +9,7 @@ Shapes: B sequences, T time steps, K time steps in a chunk, I inputs, H hidden u
 # (torch annotates neither Tensor.split nor Tensor.backward)
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import lightning as L  # noqa: N812 -- as in Lightning's own examples
 import torch
 import torch.nn.functional as F  # noqa: N812 -- as everybody writes it
 from lightning.fabric import Fabric
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn, optim
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -891,6 +891,21 @@ class AccumulatesTwo(Plain):
             state = state.detach()
 
 
+class AccumulatesBatches(Plain):
+    """An update after every second batch, as Lightning's page on manual optimization has it."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        state: Any = None
+        for x, y in zip(*(b.split(self.k, dim=1) for b in batch), strict=True):
+            prediction, state = self(x, state)
+            self.manual_backward(F.mse_loss(prediction, y))
+            state = state.detach()
+        if (batch_idx + 1) % 2 == 0:
+            opt.step()
+            opt.zero_grad()
+
+
 class MeanOfTwo(AccumulatesTwo):
     """Weighs what adds up by the number of all chunks of the batch."""
 
@@ -1657,6 +1672,33 @@ class StreamOfChunks(Plain):
         return F.mse_loss(prediction, y)
 
 
+def fit_accumulating(module: Any, batches: Batches) -> None:
+    """Let a trainer add up the gradients of every two batches, and divide them by two."""
+    trainer = Trainer(
+        accumulate_grad_batches=2,
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, OneByOne(batches))
+
+
+class OneByOne:
+    """A loader; a list would be taken for several."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
 # ------------------------------------------------------------------------------- who trains it
 
 
@@ -2022,6 +2064,19 @@ OTHER: dict[str, tuple[str, Callable[[Case], Unusual]]] = {
     "mean_of_two": (
         "an update after every second chunk, each loss divided by the number of the batch's chunks",
         usual(MeanOfTwo),
+    ),
+    "accumulates_batches": (
+        "an update after every second batch; what a last, odd one leaves gets none",
+        usual(AccumulatesBatches),
+    ),
+    "trainer_accumulates": (
+        "automatic optimization; a trainer's batch is the next chunk, two share an update",
+        lambda c: Unusual(
+            StreamOfChunks(c),
+            F.mse_loss,
+            [(x, y) for x, y, _ in marked_chunks(replace(c, batches=1))],
+            fit_accumulating,
+        ),
     ),
     "stream_of_chunks": (
         "automatic optimization; a trainer's batch is the next chunk, the state is never reset",
