@@ -587,7 +587,7 @@ def backward_is_called_twice(seen: Evidence) -> bool:
 
     Try: one self.manual_backward(loss) a chunk
     """
-    twice = [look.events.count("backward") == 2 for look in seen.looks]
+    twice = [look.events.count("backward") == 2 for look in seen.looks if not look.chunk.turns]
     return any(twice) and all(is_near(look.ratio, 2.0) for look in seen.looks)
 
 
@@ -596,7 +596,8 @@ def loss_is_scaled(seen: Evidence) -> bool:
 
     Try: self.manual_backward(loss), with the loss as it is
     """
-    ratios = [look.ratio for look in seen.looks if look.events.count("backward") == 1]
+    once = [k for k in seen.looks if k.events.count("backward") == 1 or k.chunk.turns]
+    ratios = [look.ratio for look in once]
     return (
         bool(ratios) and not is_near(ratios[0], 1.0) and all(is_near(r, ratios[0]) for r in ratios)
     )

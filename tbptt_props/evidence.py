@@ -122,7 +122,7 @@ class Looking:
         if link.chunk.starts_batch and link.contract.carry == "within":
             self.ends = []
         if not self.looks:
-            self.initial = leaves(link.chunk.given.calls[0].state)
+            self.initial = leaves(link.chunk.given.state)
         carried = _carried(link, self.ends, self.initial)
         self.looks.append(_look(link, carried, another=self._another(outcome.rules)))
         state = leaves(outcome.states[-1]) if outcome.states else {}
@@ -177,7 +177,7 @@ def _look(link: Link, carried: frozenset[str], *, another: bool) -> Look:
         clips=link.contract.clips,
         scaled=outcome.scaled[-1][0] if outcome.scaled else 1.0,
         leaks=outcome.leaks,
-        parts=len(leaves(chunk.given.calls[0].state)),
+        parts=len(leaves(chunk.given.state)),
         carried=carried,
         effect=due.state_matters,
         loss=outcome.loss,
@@ -233,7 +233,7 @@ def _scored(chunk: Chunk, outcome: Outcome) -> tuple[bool, ...]:
 def _carried(link: Link, ends: Sequence[Tensors], initial: Tensors) -> frozenset[str]:
     """Say in which ways the incoming state may have come from what was due; none if it is that."""
     assert link.chunk.given is not None
-    found, due = leaves(link.chunk.given.calls[0].state), ends[-1] if ends else {}
+    found, due = leaves(link.chunk.given.state), ends[-1] if ends else {}
     if not due or same_leaves(found, due) or _may_differ(link):
         return frozenset()
     if not found:

@@ -243,6 +243,8 @@ def resumed(
         return Rerun(where, missing="a contract by which a chunk starts where the one before ended")
     if any(chunk.reworked for chunk in watch.closed):
         return Rerun(where, missing=REWORKED)
+    if any(chunk.turns for chunk in watch.closed):
+        return Rerun(where, missing="calls of forward that run all sequences of the batch")
     unknown = _unknown_memory(watch)
     if unknown:
         return Rerun(where, missing=unknown)

@@ -186,7 +186,7 @@ def state_crosses_every_boundary(link: Link) -> Iterator[Finding]:
     if not any(due):
         yield NotJudged("chunks of the same sequences, each with a row of its own in the state")
         return
-    found = leaves(given.calls[0].state)
+    found = leaves(given.state)
     where = f"{link.chunk}, incoming state"
     if link.contract.carry == "flagged":
         yield from _neither_carried_nor_fresh(link.chunk, found, due[-1], leaves(given.initial))
@@ -216,7 +216,7 @@ def state_starts_afresh_with_each_batch(link: Link) -> Iterator[Finding]:
     assert before.outcome is not None
     old = [leaf for state in before.outcome.states for leaf in leaves(state).values()]
     fresh = list(leaves(given.initial).values())
-    for path, leaf in leaves(given.calls[0].state).items():
+    for path, leaf in leaves(given.state).items():
         row = _row_in_common(leaf, old, fresh)
         # A flag may have forward forget it: then it comes in, and owes nothing to anybody.
         if row is not None and link.expected.state_matters is not False:
@@ -449,6 +449,8 @@ def _tiles(
     sequences = trace.sizes[batch][0]
     if len(chunks) != len(due):  # several chunks in one backward: their inputs are known to tile
         return
+    if trace.halt and chunks and chunks[-1] is trace.chunks[-1]:
+        chunks, due = chunks[:-1], due[:-1]  # other sequences' turn may have been still to come
     fed = [(max(0, start - trace.context), stop) for start, stop in due]
     yield from _accounted("inputs", chunks, fed, sequences, padding, lambda c: c.inputs)
     if all(chunk.targets is not None for chunk in chunks):

@@ -315,7 +315,9 @@ def _forward(
     predictions: list[Tensor] = []
     forward = Forward(subject)
     for i, call in enumerate(given.calls):
-        if i and not call.attached:  # cut by the loop: whether it should be is judged elsewhere
+        if i and given.turns:
+            state = map_tensors(_wanting_gradient, call.state)
+        elif i and not call.attached:  # cut by the loop: whether it should be is judged elsewhere
             state = value_of(call.state)
         elif i and not alike(given.calls[i - 1].state_after, call.state):
             raise ObservationError(REWORKED)
@@ -397,6 +399,8 @@ def _mixed(subject: Subject, chunk: Chunk, given: Given) -> tuple[Mixing, ...] |
 def _sequence_dimension(chunk: Chunk, given: Given) -> int | None:
     """Return along which dimension of a call's inputs its sequences lie; None where unclear."""
     time, x = time_dimension(chunk), given.calls[0].x
+    if given.turns:
+        return None
     if time is not None:
         return 1 - time
     if not isinstance(x, Tensor):
@@ -493,7 +497,7 @@ def _form_of(subject: Subject, given: Given, predictions: Sequence[Tensor], foun
 
     It may take the loss of all predictions, or the mean or sum of each call's: all are its own.
     """
-    if len(predictions) == 1 or given.target is None:
+    if len(predictions) == 1 or given.target is None or given.turns:
         return "whole"
     forms: tuple[Form, ...] = ("whole", "mean", "sum")
     losses = {form: _as_trained(subject, given, predictions, form) for form in forms}
@@ -510,6 +514,8 @@ def _as_trained(
         predictions = _behind(given.context, predictions, target)
     if len(given.calls) == 1:
         return loss(predictions[0], target)
+    if given.turns:
+        return loss(_side_by_side(predictions, target), target)
     if by_step:
         pieces = [_narrowed(target, 1, i, 1, drop=True) for i in range(len(predictions))]
         whole = torch.stack(list(predictions), dim=1)
@@ -523,6 +529,16 @@ def _as_trained(
         return loss(whole, target)
     losses = torch.stack([loss(p, y) for p, y in zip(predictions, pieces, strict=True)])
     return losses.mean() if form == "mean" else losses.sum()
+
+
+def _side_by_side(predictions: Sequence[Tensor], target: Any) -> Tensor:
+    """Join predictions of different sequences, which lie as in the targets."""
+    first = next(iter(leaves(target).values()))
+    if all(p.dim() > 1 for p in predictions):
+        second = sum(p.shape[1] for p in predictions)
+        if first.shape[:2] == (predictions[0].shape[0], second):
+            return torch.cat(list(predictions), dim=1)
+    return torch.cat(list(predictions))
 
 
 def _behind(context: int, predictions: Sequence[Tensor], target: Any) -> list[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -56,6 +56,26 @@ def _value_of_tensor(tensor: Tensor) -> Tensor:
 def dense(tensor: Tensor) -> Tensor:
     """Return a tensor of the same numbers in every entry: an embedding's gradient may be sparse."""
     return tensor.to_dense() if tensor.is_sparse else tensor
+
+
+def side_by_side(trees: Sequence[Any], rows: Sequence[int]) -> Any:
+    """Return states of so many sequences each as one state of all of them.
+
+    Sequences lie along a leaf's second dimension, as in torch's layers, or else along its first. A
+    leaf without either is the last tree's own. So are all where the trees are not alike.
+    """
+    columns = [list(leaves(tree).values()) for tree in trees]
+    if len({*map(len, columns)}) > 1:
+        return trees[-1]
+    joined = iter([_joined(leaf, rows) for leaf in zip(*columns, strict=True)])
+    return map_tensors(lambda _: next(joined), trees[-1])
+
+
+def _joined(parts: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+    for dim in (1, 0) if parts[0].dim() > 2 else (0, 1):
+        if all(p.dim() > dim and p.shape[dim] == n for p, n in zip(parts, rows, strict=True)):
+            return torch.cat(list(parts), dim=dim)
+    return parts[-1]
 
 
 def same_layout(tensor: Tensor) -> Tensor:

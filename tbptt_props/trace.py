@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tbptt_props.contract import Contract
 from tbptt_props.lines import Line
+from tbptt_props.state import side_by_side
 
 Tensors = Mapping[str, Tensor]
 REWORKED = "a state that goes from call to call of forward as it is"  # missing, if it doesn't
@@ -133,6 +134,13 @@ class Given:
     autocast: torch.dtype | None = None  # to which products were rounded, if they were
     keeps_casts: bool = False  # weights are rounded once, and kept so
     repeats: tuple[Any, ...] = ()  # states from which a closure's later evaluations started
+    turns: tuple[int, ...] = ()  # how many sequences each call ran, where they take turns
+
+    @property
+    def state(self) -> Any:
+        """The incoming state; of all sequences, where they take turns."""
+        states = [call.state for call in self.calls]
+        return side_by_side(states, self.turns) if self.turns else states[0]
 
 
 @dataclass(frozen=True)
@@ -192,6 +200,7 @@ class Chunk:
     pieces: tuple[Span, ...] = ()  # where one backward ran over calls that are cut apart
     runs: tuple[Span, ...] = ()  # of each call of forward, if all are of the same sequences
     uncut: tuple[tuple[Span, Span], ...] = ()  # chunks due that one backward ran through
+    turns: bool = False  # its calls run different sequences, one after the other
     reworked: bool = False  # between calls, the loop makes another state of the one returned
     moved: bool = True  # its update changed some parameter
     index: int = 0  # which of its batch's chunks it is

@@ -49,7 +49,7 @@ from tbptt_props.lines import Line, calls_itself, users_line
 from tbptt_props.places import lanes_of, locate, span_of, time_first
 from tbptt_props.precision import autocast_in_force, keeps_casts
 from tbptt_props.process import Hung, Watchdog, randomness
-from tbptt_props.state import dense, leaves, value_of
+from tbptt_props.state import dense, leaves, side_by_side, value_of
 from tbptt_props.subject import ObservationError, Subject, WiringError
 from tbptt_props.trace import (
     Call,
@@ -313,7 +313,7 @@ class Watch:
         chunk = self.current
         if chunk is None or lanes_of(_joined(chunk.calls)) != lanes_of(places):
             return []
-        return chunk.states
+        return list(_ended_in(chunk))
 
     # What is wrapped ------------------------------------------------------------------------
 
@@ -836,7 +836,21 @@ class Watch:
             self.current.repeats.append(reached[0].call.state)
             self.horizon = max(self.horizon, self.current.calls[-1].closed)
             return self.current
+        if self._is_other_sequences_turn(reached) and self.current is not None:
+            return self._go_on_with(self.current, reached, numbers)
         return self._begin_chunk(reached, numbers, step)
+
+    def _go_on_with(
+        self, chunk: _LiveChunk, calls: list[_LiveCall], numbers: list[int]
+    ) -> _LiveChunk:
+        """Take further calls for a part of the current chunk."""
+        chunk.calls = [*chunk.calls, *calls]
+        chunk.events.extend("forward" for _ in calls)
+        chunk.leaks += self._leaks(calls, numbers)
+        chunk.mode = chunk.mode and all(call.training for call in calls)
+        chunk.besides |= frozenset().union(*(call.embedding for call in calls))
+        chunk.complete = False
+        return chunk
 
     def _is_evaluated_again(self, calls: list[_LiveCall], step: object | None) -> bool:
         """Tell whether a closure runs the current chunk once more, and not the next one."""
@@ -844,6 +858,16 @@ class Watch:
             return False
         one, other = _joined(self.current.calls), _joined(calls)
         return one is None or other is None or torch.equal(one, other)
+
+    def _is_other_sequences_turn(self, calls: list[_LiveCall]) -> bool:
+        """Tell whether calls run the current chunk's time steps of sequences it has not had yet.
+
+        They share its update: a part of the batch has a backward after the other.
+        """
+        chunk = self.current
+        if chunk is None or chunk.rules or self.early or chunk.batch != self.batch:
+            return False
+        return bool(_turns([*chunk.calls, *calls]))
 
     def _begin_chunk(
         self, calls: list[_LiveCall], numbers: list[int], step: object | None
@@ -1145,6 +1169,8 @@ class Watch:
         Where a chunk is a single time step, all that shows is that it does so between chunks.
         """
         calls = [call.call for call in live.calls]
+        if _turns(live.calls):
+            return False
         if len(calls) > 1:
             return any(
                 call.attached and not alike(before.state_after, call.state)
@@ -1186,6 +1212,7 @@ class Watch:
                 keeps_casts=first.snapshot.keeps_casts,
                 repeats=tuple(live.repeats),
                 initial=self.initial_state,
+                turns=_turns(live.calls),
             ),
             outcome=Outcome(
                 loss=live.loss,
@@ -1196,7 +1223,7 @@ class Watch:
                 dirty=live.dirty,
                 moved=tuple(live.moved),
                 leaks=live.leaks,
-                states=tuple(live.states),
+                states=_ended_in(live),
                 backward_through_lightning=live.through_lightning,
                 in_training_mode=live.mode,
                 scaled=tuple(
@@ -1222,6 +1249,7 @@ class Watch:
             uncut=_uncut(live.calls, due),
             runs=_runs(live.calls),
             lanes=lanes_of(places),
+            turns=bool(_turns(live.calls)),
             reworked=self._is_reworked(live),
             moved=_has_moved(live.rules),
             index=live.index,
@@ -1347,8 +1375,28 @@ def _alive(
     return [graph for graph in graphs if any(canary() is not None for canary in graph[1])]
 
 
+def _turns(calls: Sequence[_LiveCall]) -> tuple[int, ...]:
+    """Return how many sequences each call ran, if they ran the same time steps of different ones.
+
+    () where they did not.
+    """
+    lanes = [lanes_of(call.places) for call in calls]
+    spans = {span_of(call.places) for call in calls}
+    apart = len({lane for rows in lanes for lane in rows}) == sum(map(len, lanes))
+    in_turn = len(calls) > 1 and len(spans) == 1 and all(lanes) and apart
+    return tuple(map(len, lanes)) if in_turn else ()
+
+
+def _ended_in(chunk: _LiveChunk) -> tuple[Any, ...]:
+    """Return the states that a chunk ended in, of which any will do."""
+    turns = _turns(chunk.calls)
+    if not turns:
+        return tuple(chunk.states)
+    return (side_by_side([call.call.state_after for call in chunk.calls], turns),)
+
+
 def _joined(calls: list[_LiveCall]) -> Tensor | None:
-    """Join the places that several calls fed, along time."""
+    """Join the places that several calls fed: along time, unless sequences take turns."""
     places = [call.places for call in calls]
     if any(p is None for p in places):
         return None
@@ -1359,6 +1407,8 @@ def _joined(calls: list[_LiveCall]) -> Tensor | None:
     if all(p.dim() == 2 for p in found):
         return torch.stack(found, dim=1) if len({p.shape for p in found}) == 1 else None
     dim = 0 if time_first(found[0]) else 1
+    if _turns(calls):
+        dim = 1 - dim
     others = {tuple(n for i, n in enumerate(p.shape) if i != dim) for p in found}
     return torch.cat(found, dim=dim) if len(others) == 1 else None
 
@@ -1433,7 +1483,7 @@ def _pieces(calls: list[_LiveCall], plan: Sequence[Span]) -> tuple[Span, ...]:
     Where `plan` is that of chunks that may share a backward, each of them is a piece.
     """
     planned = _as_planned(calls, plan)
-    if planned:
+    if planned or _turns(calls):
         return planned
     pieces: list[Span] = []
     for i, call in enumerate(calls):

@@ -23,15 +23,6 @@ BY_ANOTHER_CONTRACT = {
         "nothing_but_the_update_moves_parameters",
         "one_chunk_is_one_ordinary_update",
     },
-    # Several forwards and backwards, each with a part of the sequences, before one update.
-    "micro_batches": {
-        "a_run_can_be_resumed_at_any_boundary",
-        "chunks_tile_the_sequence",
-        "each_chunk_updates_once",
-        "events_come_in_a_legal_order",
-        "gradients_are_the_chunks_own",
-        "loss_is_the_chunks_own",
-    },
 }
 
 
@@ -141,6 +132,10 @@ RIGHT_PROPERTY = {
     "evaluation_forever": "chunks_are_trained_in_training_mode",
     "losses_kept": "no_graph_outlives_its_chunk",
     "running_loss": "no_graph_outlives_its_chunk",
+    "micro_batches_cleared": "gradients_are_the_chunks_own",
+    "micro_batches_unweighted": "loss_is_the_chunks_own",
+    "micro_states_swapped": "state_crosses_every_boundary",
+    "micro_states_attached": "graph_crosses_no_boundary",
     "outputs_retained": "no_graph_outlives_its_chunk",
     "raw_optimizer": "updates_go_through_lightnings_optimizer",
 }

@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
         "case": set(),
         "contract": {"case"},
         "lines": set(),
-        "trace": {"contract", "lines"},
+        "trace": {"contract", "lines", "state"},
         "state": set(),
         "batch": {"places", "state", "trace"},
         "precision": {"trace"},

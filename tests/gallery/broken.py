@@ -20,7 +20,7 @@ import torch.nn.functional as F  # noqa: N812 -- as everybody writes it
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn, optim
 
-from gallery.correct import Batch, Build, four
+from gallery.correct import Batch, Build, MicroBatches, four
 from tbptt_props.case import Case
 
 # ------------------------------------------------- what they start from: three common ways to begin
@@ -1364,6 +1364,35 @@ class RunningLoss(HandMadeRNN):
         return total_loss
 
 
+class MicroBatchesCleared(MicroBatches):
+    """Gradients are cleared before each part of the batch: only the last part's are left."""
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.zero_grad()
+        return super().forward(x, state)
+
+
+class MicroBatchesUnweighted(MicroBatches):
+    """The mean of each part of the batch counts as much as the mean of all would."""
+
+    def share(self, rows: Tensor, x: Tensor) -> float:
+        return 1.0
+
+
+class MicroStatesSwapped(MicroBatches):
+    """Each sequence goes on from a state of another."""
+
+    def together(self, ends: list[Tensor]) -> Tensor:
+        return torch.cat(ends, dim=1).flip(1)
+
+
+class MicroStatesAttached(MicroBatches):
+    """The states of all parts are put together with their graphs."""
+
+    def cut(self, end: Tensor) -> Tensor:
+        return end
+
+
 class OutputsRetained(LSTMNet):
     """Detaches the state, retains the graph none the less, and keeps the predictions on it."""
 
@@ -1680,6 +1709,22 @@ BROKEN: dict[str, tuple[str, Build]] = {
     "running_loss": (
         "the summed loss that is logged keeps the graphs of all chunks",
         cased(RunningLoss),
+    ),
+    "micro_batches_cleared": (
+        "gradients are cleared before each part of the batch that shares an update",
+        sized(MicroBatchesCleared),
+    ),
+    "micro_batches_unweighted": (
+        "the mean losses of the batch's parts are added up as they are",
+        sized(MicroBatchesUnweighted),
+    ),
+    "micro_states_swapped": (
+        "the parts' states are put together in another order",
+        sized(MicroStatesSwapped),
+    ),
+    "micro_states_attached": (
+        "the parts' states are put together with their graphs",
+        sized(MicroStatesAttached),
     ),
     "outputs_retained": (
         "predictions are kept on graphs that are retained: memory grows with T",

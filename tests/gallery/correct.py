@@ -1923,10 +1923,43 @@ class MicroBatches(GRUForecaster):
             for rows in torch.arange(x.size(0)).split(max(1, x.size(0) // 2)):
                 out, end = self(x[rows, i : i + self.bptt], h[:, rows])
                 loss = F.mse_loss(out, y[rows, i : i + self.bptt])
-                self.manual_backward(loss * len(rows) / x.size(0))
-                ends.append(end.detach())
+                self.manual_backward(loss * self.share(rows, x))
+                ends.append(self.cut(end))
             opt.step()
-            h = torch.cat(ends, dim=1)
+            h = self.together(ends)
+
+    def share(self, rows: Tensor, x: Tensor) -> float:
+        return len(rows) / x.size(0)
+
+    def cut(self, end: Tensor) -> Tensor:
+        return end.detach()
+
+    def together(self, ends: list[Tensor]) -> Tensor:
+        return torch.cat(ends, dim=1)
+
+
+class MicroBatchesSummed(GRUForecaster):
+    """Runs each chunk a third of the batch at a time, and back-propagates all losses at once."""
+
+    def __init__(self, n_in: int, n_hid: int, n_out: int, bptt: int) -> None:
+        super().__init__(n_in, n_hid, n_out, bptt)
+        self.start = nn.Parameter(torch.rand(1, 1, n_hid))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        x, y = batch
+        parts = torch.arange(x.size(0)).split(max(1, x.size(0) // 3))
+        states = [self.start.expand(-1, len(rows), -1).contiguous() for rows in parts]
+        for i in range(0, x.size(1), self.bptt):
+            opt.zero_grad()
+            errors = []
+            for n, rows in enumerate(parts):
+                out, end = self(x[rows, i : i + self.bptt], states[n])
+                errors.append((out - y[rows, i : i + self.bptt]).square().sum())
+                states[n] = end.detach()
+            loss: Tensor = sum(errors) / y[:, i : i + self.bptt].numel()
+            self.manual_backward(loss)
+            opt.step()
 
 
 class AveragedWeights(GRUForecaster):
@@ -2140,6 +2173,7 @@ CORRECT: dict[str, Build] = {
     "plain_backward": lambda c: (PlainBackward(*four(c)), F.mse_loss),
     "autograd_grad": lambda c: (AutogradGrad(*four(c)), F.mse_loss),
     "micro_batches": lambda c: (MicroBatches(*four(c)), F.mse_loss),
+    "micro_batches_summed": lambda c: (MicroBatchesSummed(*four(c)), F.mse_loss),
     "averaged_weights": lambda c: (AveragedWeights(*four(c)), F.mse_loss),
     "clamped_weights": lambda c: (ClampedWeights(c), F.mse_loss),
     "learning_rate_by_hand": lambda c: (LearningRateByHand(*four(c)), F.mse_loss),
@@ -2192,6 +2226,7 @@ NOTES: dict[str, str] = {
     "frozen_encoder": "some parameters never change",
     "checkpointed_forward": "the core's forward runs again in the backward",
     "old_weight_norm": "torch warns when it is built, and it can't be deep-copied",
+    "micro_batches_summed": "several forwards in one backward, each of some sequences only",
     "micro_batches": "several forwards and backwards in one update, each of some sequences only",
     "averaged_weights": "some parameters are moved by no optimizer, after every update",
     "clamped_weights": "the parameters are moved once more after every update",
