@@ -16,11 +16,12 @@ from hypothesis import HealthCheck, Phase, find, given, seed, settings
 from hypothesis.errors import NoSuchExample, Unsatisfiable, UnsatisfiedAssumption
 
 from tbptt_props.case import SIZES, Case
-from tbptt_props.causes import causes_of, likeliest
+from tbptt_props.causes import causes_of, cut_along_the_batch, likeliest
 from tbptt_props.compare import rounded_to
 from tbptt_props.contract import Contract
 from tbptt_props.editions import FIRST, known
 from tbptt_props.evidence import Looking
+from tbptt_props.miswired import LossesMet, takes_time_first, time_second
 from tbptt_props.observation import Fresh, batches_of, made_ready, observing, rewired, run
 from tbptt_props.precision import dtype_of, rounding
 from tbptt_props.properties import (
@@ -30,6 +31,9 @@ from tbptt_props.properties import (
     chunks_tile_the_sequence,
     is_of_links,
     line_of,
+    loss_is_the_chunks_own,
+    no_sequence_looks_at_another,
+    state_crosses_every_boundary,
 )
 from tbptt_props.rederivation import rederive, steps_reached
 from tbptt_props.report import Report, Verdict
@@ -41,7 +45,14 @@ from tbptt_props.trace import Cause, Chunk, Finding, Link, NotJudged, Span, Viol
 
 Property = RunProperty | LinkProperty
 
+# What a loop that cuts the wrong dimension breaks, whichever is taken for time.
+TELLING_WAYS = (
+    chunks_tile_the_sequence,
+    state_crosses_every_boundary,
+    no_sequence_looks_at_another,
+)
 TELLING = 6  # cases, at most, on which a loop is broken on purpose
+LOSS = loss_is_the_chunks_own.__name__
 TRIES = 50  # trainings to make a case smaller by hand, beyond Hypothesis' own
 
 
@@ -80,7 +91,31 @@ def judge(
     Training runs in float64; a subject that cannot is judged in the dtype torch starts with, also
     where it halts there for another reason.
     """
-    return rewired(fresh, lambda wired: _in_its_dtype(wired, case, properties, name))
+
+    def attempt(wired: Fresh) -> Report:
+        report = _in_its_dtype(wired, case, properties, name)
+        _require_time_second(report, wired, case)
+        return report
+
+    return rewired(fresh, attempt)
+
+
+def _require_time_second(report: Report, fresh: Fresh, case: Case) -> None:
+    """Refuse a subject that takes the first dimension for time and the second for sequences.
+
+    Raises:
+        ObservationError: it seems cut along the batch, and all holds if that is time.
+    """
+    causes = {cause.name for cause in causes_in(report)}
+    if cut_along_the_batch.__name__ not in causes or report.trace is None:
+        return
+    try:
+        turned = _in_its_dtype(lambda: time_second(fresh()), case, PROPERTIES, report.subject)
+    except (ObservationError, ValueError):  # lengths that are told of T alone, say
+        return
+    held = {verdict.name for verdict in turned.holds}
+    if not turned.broken and {p.__name__ for p in TELLING_WAYS} <= held:
+        raise takes_time_first(report.subject, report.trace.sizes[0])
 
 
 class _Asked(Exception):
@@ -139,6 +174,7 @@ def _judge(
         twin = made_ready(lambda: built)
         before: list[Chunk] = []
         looking = Looking()
+        losses = LossesMet()
         story = Storyteller()
         numbers = count()
         plans = [twin.contract.plan(case, b.inputs.shape[1]) for b in batches_of(twin, case)]
@@ -163,12 +199,15 @@ def _judge(
                     findings = judged[name]
                     findings.set_aside(unclear) if unclear else findings.add(on_link)
                 story.tell(link, {} if unclear else found, lambda: steps_reached(twin, chunk))
+                if any(isinstance(f, Violation) for f in found.get(LOSS, ())):
+                    losses.at(link)
                 looking.at(link, alone=len(plans) == len(plans[0]) == 1)
             before[:] = [chunk.light()]
 
         trace = run(fresh, case, judge_link)
         for p in of_runs:
             judged[p.__name__].add(_placed(p, p(trace), next(iter(trace.chunks), None)))
+    losses.require_the_one_told(name)
     broken = [name for name, findings in judged.items() if findings.violations]
     causes = causes_of(looking.evidence(trace, broken, _longest(twin.contract, case, plans)))
     verdicts = tuple(judged[p.__name__].verdict(p, case, causes) for p in properties)

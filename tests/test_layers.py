@@ -46,6 +46,7 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
         "properties": {"byhand", "compare", "lines", "precision", "state", "trace"},
         "evidence": {"compare", "state", "trace"},
         "causes": {"evidence", "trace"},
+        "miswired": {"batch", "compare", "layout", "state", "subject", "trace"},
         "watch": {
             "aims",
             "batch",
@@ -117,6 +118,7 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
             "contract",
             "editions",
             "evidence",
+            "miswired",
             "observation",
             "precision",
             "properties",
