@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from tbptt_props.contract import Contract as Contract
     from tbptt_props.ddp import verify_ddp as verify_ddp
     from tbptt_props.judge import check as check
-    from tbptt_props.judge import verify as verify
     from tbptt_props.observation import observe as observe
     from tbptt_props.properties import PROPERTIES as PROPERTIES
     from tbptt_props.rederivation import rederive as rederive
     from tbptt_props.report import BrokenProperty as BrokenProperty
     from tbptt_props.report import Report as Report
     from tbptt_props.report import Verdict as Verdict
+    from tbptt_props.search import verify as verify
     from tbptt_props.strategies import batches as batches
     from tbptt_props.strategies import cases as cases
     from tbptt_props.strategies import chunk_lengths as chunk_lengths
@@ -62,7 +62,7 @@ _HOMES = {
     "rederive": "rederivation",
     "sequence_lengths": "strategies",
     "states": "strategies",
-    "verify": "judge",
+    "verify": "search",
     "verify_ddp": "ddp",
     "verify_devices": "alike",
 }

@@ -129,7 +129,7 @@ def _check(options: argparse.Namespace) -> int:
     _require_folder("--json", options.json)
     _require_folder("--html", options.html)
     build = _load(options.subject)
-    from tbptt_props.judge import verify
+    from tbptt_props.search import verify
     from tbptt_props.subject import ObservationError
 
     fixed = {size: value for size in _sizes() if (value := getattr(options, size)) is not None}
@@ -192,8 +192,8 @@ def _check_processes(
 def _replay(options: argparse.Namespace) -> int:
     build = _load(options.subject)
     from tbptt_props.case import case_of
-    from tbptt_props.judge import replay
     from tbptt_props.report import failure_text, summary
+    from tbptt_props.search import replay
     from tbptt_props.subject import ObservationError
 
     try:

@@ -13,11 +13,11 @@ from typing import Any
 
 from tbptt_props.case import Case
 from tbptt_props.compare import near, rounded_to, worst
-from tbptt_props.judge import Bench
 from tbptt_props.observation import made_ready, observe, observing
 from tbptt_props.precision import dtype_of, rounding
 from tbptt_props.rederivation import rederive
 from tbptt_props.report import Report, Verdict
+from tbptt_props.search import Bench
 from tbptt_props.state import leaves, map_tensors
 from tbptt_props.strategies import cases
 from tbptt_props.subject import Subject

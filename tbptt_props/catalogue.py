@@ -14,8 +14,8 @@ from torch.nn.functional import mse_loss
 
 from tbptt_props.case import Case
 from tbptt_props.contract import Contract
-from tbptt_props.judge import Bench, measure
 from tbptt_props.report import Report, Verdict
+from tbptt_props.search import Bench, measure
 from tbptt_props.strategies import cases
 from tbptt_props.subject import Subject
 from tbptt_props.trace import counted

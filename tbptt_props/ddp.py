@@ -28,11 +28,12 @@ from torch import distributed
 
 from tbptt_props.agreement import OF_GROUPS, Processes, Told, Update, causes_among
 from tbptt_props.case import Case
-from tbptt_props.judge import Bench, is_of_dtypes, measure
+from tbptt_props.judge import is_of_dtypes
 from tbptt_props.observation import batches_of, made_ready, observing
 from tbptt_props.precision import dtype_of
 from tbptt_props.rederivation import rederive
 from tbptt_props.report import Report, Verdict
+from tbptt_props.search import Bench, measure
 from tbptt_props.strategies import cases
 from tbptt_props.subject import ObservationError, Subject, shortened
 from tbptt_props.trace import Chunk

@@ -120,6 +120,12 @@ class Report:
         return self._of("not judged")
 
     @property
+    def causes(self) -> tuple[Cause, ...]:
+        """The causes that are named for what is broken, each once."""
+        found = (cause for verdict in self.broken for cause in verdict.causes)
+        return tuple(dict.fromkeys(found))
+
+    @property
     def previews(self) -> tuple[Verdict, ...]:
         """The properties that are broken, but came with a later edition than is asked for."""
         return self._of("preview")

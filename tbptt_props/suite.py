@@ -21,12 +21,13 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from tbptt_props.case import Case
 from tbptt_props.device import unavailable
 from tbptt_props.editions import preview_of
-from tbptt_props.judge import Bench, Property
+from tbptt_props.judge import Property
 from tbptt_props.kept import Kept, cases_of, keep
 from tbptt_props.ledger import NOTED, PREFIX, Finding, Tally
 from tbptt_props.options import ASKED, CONFORMANCE, DEVICE, KEPT, PROFILES, Options, unknown
 from tbptt_props.properties import PROPERTIES
 from tbptt_props.report import WIDTH, BrokenProperty, Report, Verdict, failure_text
+from tbptt_props.search import Bench
 from tbptt_props.strategies import cases
 from tbptt_props.subject import ObservationError, Subject, shortened
 

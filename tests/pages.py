@@ -16,8 +16,9 @@ from torch.nn.functional import mse_loss
 
 import tbptt_props as tb
 from tbptt_props.case import case_of
-from tbptt_props.judge import Property, replay
+from tbptt_props.judge import Property
 from tbptt_props.report import Report, failure_text
+from tbptt_props.search import replay
 from tbptt_ref.faults import FAULTS, Fault
 
 DOCS = Path(__file__).parent.parent / "docs"

@@ -13,7 +13,7 @@ import tbptt_props as tb
 from tbptt_props import causes
 from tbptt_props.causes import FINGERPRINTS, WHOLE, causes_of, likeliest
 from tbptt_props.evidence import Evidence, Look
-from tbptt_props.judge import Bench
+from tbptt_props.search import Bench
 from tbptt_props.trace import Cause, Chunk, Leak, Trace
 from tbptt_ref import faults_state, faults_time, faults_update
 from tbptt_ref.faults import FAULTS, Fault

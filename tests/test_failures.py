@@ -9,8 +9,8 @@ import pytest
 from torch.nn.functional import mse_loss
 
 import tbptt_props as tb
-from tbptt_props.judge import replay
 from tbptt_props.report import failure_text
+from tbptt_props.search import replay
 from tbptt_ref.faults import FAULTS
 
 FAULT = {fault.name: fault for fault in FAULTS}

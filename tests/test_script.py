@@ -13,9 +13,9 @@ from torch.nn.functional import mse_loss
 
 import tbptt_props as tb
 from tbptt_props.__main__ import main
-from tbptt_props.judge import replay
 from tbptt_props.kept import Kept, keep
 from tbptt_props.script import SHOWN, NoScript, script_of
+from tbptt_props.search import replay
 from tbptt_ref.faults import FAULTS
 from tbptt_ref.module import TruncatedRNN
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as optim_module
 
 import tbptt_props as tb
-from tbptt_props.judge import Bench
+from tbptt_props.search import Bench
 from tbptt_props.sensitivity import DISTURBANCES
 from tbptt_ref.faults_update import CallsBackwardItself
 from tbptt_ref.module import TruncatedRNN
