@@ -259,7 +259,10 @@ def resumed(
             return Rerun(where, missing="a boundary at which some sequence goes on")
         return Rerun(where, problem="no chunk starts there", due="one to go on with")
     left = replace(marks.boundary, one_each=watch.one_each)
-    return _rerun(fresh, batches, left, first, where)
+    rerun = _rerun(fresh, batches, left, first, where)
+    if not _alike(rerun) and any(chunk.followed for chunk in watch.closed):
+        return Rerun(where, missing=_OWN_INPUTS)  # drawn by the loop, or made of a whole sequence
+    return rerun
 
 
 def _unknown_memory(watch: Watch) -> str:
@@ -273,6 +276,7 @@ def _unknown_memory(watch: Watch) -> str:
     return ""
 
 
+_OWN_INPUTS = "inputs of forward that are the batch's own"
 _OWN_UPDATES = "a contract by which a batch has its updates for itself"
 _NO_BOUNDARY = {
     False: "a case of at least two chunks",
@@ -529,6 +533,8 @@ def one_chunk(
         return Rerun(where, missing=_OWN_UPDATES)
     if overflowed(chunk):
         return Rerun(where, missing=SKIPPED)
+    if chunk.followed:
+        return Rerun(where, missing=_OWN_INPUTS)
     if chunk.padded:
         return Rerun(where, missing="inputs of forward that are the batch's own, without padding")
     stop = marks.plan[0][0][1]  # without what is left out

@@ -25,14 +25,15 @@ def locate(x: Tensor, live: Any, pristine: Tensor) -> Tensor | None:
     if isinstance(live, Tensor) and live.shape == pristine.shape:
         if live.dim() == 2 and x.dim() == 3 and x.shape[-1] == 1:  # numbers made a single feature
             x = x.squeeze(-1)
-        places = _by_memory(x, live)
+        places = by_memory(x, live)
         if places is not None:
             return places
     places = _by_value(x, pristine)
     return None if places is None else places.cpu()  # wherever the batch is, these are only indices
 
 
-def _by_memory(x: Tensor, live: Tensor) -> Tensor | None:
+def by_memory(x: Tensor, live: Tensor) -> Tensor | None:
+    """Return which row of `live` (B, T, ...) each row of `x` is, (..., 2), if they share memory."""
     if (x.dtype, x.device) != (live.dtype, live.device):
         return None
     if x.untyped_storage().data_ptr() != live.untyped_storage().data_ptr():

@@ -70,6 +70,8 @@ class Subject:
             handed out on the CPU, as a loader does.
         validates: whether Lightning validates the module, if it has a `validation_step`, before the
             last batch of every second case, on a copy of that batch: training must not notice.
+        follows: whether inputs are followed through what the loop makes of them before forward, an
+            embedding, say. Where forward gets other numbers than the batch's, it is found out.
         around: a context manager that is entered around each training, with the subject.
         disturbed: changes each batch before the loop gets it, which the judge does not see. Like
             `around`, it is there to break a loop on purpose.
@@ -93,6 +95,7 @@ class Subject:
     precision: Precision | None = field(default=None, kw_only=True)
     device: str = field(default="cpu", kw_only=True)
     validates: bool = field(default=True, kw_only=True)
+    follows: bool = field(default=False, kw_only=True)
     around: Callable[[Subject], AbstractContextManager[object]] | None = field(
         default=None, kw_only=True
     )

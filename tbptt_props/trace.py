@@ -200,6 +200,7 @@ class Chunk:
     pieces: tuple[Span, ...] = ()  # where one backward ran over calls that are cut apart
     runs: tuple[Span, ...] = ()  # of each call of forward, if all are of the same sequences
     uncut: tuple[tuple[Span, Span], ...] = ()  # chunks due that one backward ran through
+    followed: bool = False  # its inputs are what the loop made of the batch's
     turns: bool = False  # its calls run different sequences, one after the other
     reworked: bool = False  # between calls, the loop makes another state of the one returned
     moved: bool = True  # its update changed some parameter

@@ -45,8 +45,9 @@ from tbptt_props.graph import (
     variables_past,
 )
 from tbptt_props.layout import alike, joined, of_parts
+from tbptt_props.lineage import Lineage
 from tbptt_props.lines import Line, calls_itself, users_line
-from tbptt_props.places import lanes_of, locate, span_of, time_first
+from tbptt_props.places import by_memory, lanes_of, locate, span_of, time_first
 from tbptt_props.precision import autocast_in_force, keeps_casts
 from tbptt_props.process import Hung, Watchdog, randomness
 from tbptt_props.state import dense, leaves, side_by_side, value_of
@@ -131,6 +132,7 @@ class _LiveCall:
     line: Line | None = None  # of the user's, that called it
     interrupted: bool = False  # an update came after it and before its backward
     step: object | None = None  # the optimizer step inside which it ran, if any
+    followed: bool = False  # its inputs are what the loop made of the batch's
 
 
 @dataclass
@@ -232,6 +234,7 @@ class Watch:
         self.moved_by_hand: set[str] = set()
         self.rate = Rate()  # of updates by hand
         self.calls_ever = 0
+        self.lineage = Lineage(self._its_own, self._elsewhere) if subject.follows else None
         self.layer = _only_layer(self.module) if subject.forward == "forward" else None
         self.layer_calls = 0
         self.layer_cuts = 0
@@ -260,6 +263,8 @@ class Watch:
         self.batch = index
         self.fresh_batch = self.in_batch = True
         self.in_this_batch = self.trained_to = 0
+        if self.lineage is not None:
+            self.lineage.forget()
         self.live_batch = self._taken_apart(batch)
         self.last_state = None  # a batch of which nothing is trained on ends in none
         if self.before_batch:
@@ -322,6 +327,7 @@ class Watch:
         """Watch within the block."""
         with contextlib.ExitStack() as undo:
             undo.enter_context(self.forward.replaced(self._called))
+            undo.enter_context(self.lineage or contextlib.nullcontext())
             if self.layer is not None:
                 layer = self.module.get_submodule(self.layer)
                 count = self._count_layer
@@ -476,6 +482,8 @@ class Watch:
                 "torch.func.functional_call does: what updates them can't be seen"
             )
         places = self._places(arguments.x)
+        followed = places is None and self.lineage is not None
+        places = self._followed(arguments.x) if places is None else places
         self._note_update_by_hand()
         if self.before_call:
             self.before_call(self, places, arguments)
@@ -502,6 +510,7 @@ class Watch:
             ),
             step=self.steps[-1][0] if self.steps else None,
             line=users_line(),
+            followed=followed,
         )
 
     def _feeding(self, attached: list[Tensor]) -> frozenset[str]:
@@ -512,6 +521,28 @@ class Watch:
             if variable is not None:
                 found.add(id(variable))
         return frozenset(self.names[i] for i in found if i in self.names)
+
+    def _followed(self, whole: Any) -> Tensor | None:
+        """Tell from what the loop made of the batch where inputs are from; watch it, if need be.
+
+        Raises:
+            WiringError: it has not been watched from the beginning.
+        """
+        if not isinstance(whole, Tensor) or not 0 <= self.batch < len(self.pristine):
+            return None
+        if self.lineage is not None:
+            return self.lineage.places(whole)
+        self.problem = WiringError(
+            f"{type(self.module).__name__}.{self.subject.forward} is handed other numbers than the "
+            "batch's: have them followed with Subject(..., follows=True)",
+            {"follows": True},
+        )
+        raise self.problem
+
+    def _its_own(self, tensor: Tensor) -> Tensor | None:
+        """Return the places of a part of the batch under way, told from its memory."""
+        live = self.live_batch.inputs if self.live_batch else None
+        return None if live is None else by_memory(tensor, live)
 
     def _places(self, whole: Any) -> Tensor | None:
         x = whole if isinstance(whole, Tensor) else next(iter(leaves(whole).values()), None)
@@ -1250,6 +1281,7 @@ class Watch:
             runs=_runs(live.calls),
             lanes=lanes_of(places),
             turns=bool(_turns(live.calls)),
+            followed=any(call.followed for call in live.calls),
             reworked=self._is_reworked(live),
             moved=_has_moved(live.rules),
             index=live.index,
@@ -1380,11 +1412,11 @@ def _turns(calls: Sequence[_LiveCall]) -> tuple[int, ...]:
 
     () where they did not.
     """
+    if len(calls) < 2 or len({span_of(call.places) for call in calls}) > 1:
+        return ()
     lanes = [lanes_of(call.places) for call in calls]
-    spans = {span_of(call.places) for call in calls}
     apart = len({lane for rows in lanes for lane in rows}) == sum(map(len, lanes))
-    in_turn = len(calls) > 1 and len(spans) == 1 and all(lanes) and apart
-    return tuple(map(len, lanes)) if in_turn else ()
+    return tuple(map(len, lanes)) if all(lanes) and apart else ()
 
 
 def _ended_in(chunk: _LiveChunk) -> tuple[Any, ...]:
