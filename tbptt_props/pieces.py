@@ -666,10 +666,12 @@ def loss_is_the_chunks_own():
 def gradients_span_the_whole_chunk():
     """Hold the slope of each loss by its gradients against the one by its values."""
     judged = {name: p for name, p in twin.named_parameters() if p.requires_grad}
-    direction = {name: torch.randn_like(p) for name, p in judged.items()}
+    along = {p: torch.randn_like(p) for p in judged.values()}
+    names = twin.named_parameters(remove_duplicate=False)  # a weight may be tied to another
+    direction = {name: along[p] for name, p in names if p in along}
     for call in calls:
         grads = torch.autograd.grad(own_loss(call), list(judged.values()), allow_unused=True)
-        pairs = zip(grads, direction.values(), strict=True)
+        pairs = zip(grads, along.values(), strict=True)
         by_gradients = sum((g * d).sum().item() for g, d in pairs if g is not None)
         with torch.no_grad():
             up, down = (own_loss(nudged(call, direction, by)).item() for by in (1e-5, -1e-5))

@@ -731,6 +731,10 @@ def _without_time(seen: Seen) -> str:
     calls = [call for c in seen.chunks if c.given for call in c.given.calls]
     if all(time_dimension(chunk) is None for chunk in seen.chunks):
         return "it is not plain along which dimension of the inputs time runs"
+    if any(
+        call.prediction is None or call.prediction.shape[:2] != call.x.shape[:2] for call in calls
+    ):
+        return "predictions lie otherwise than inputs"
     if any(leaves(call.others) for call in calls):
         return "forward takes more than inputs and a state"
     return ""

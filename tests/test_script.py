@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import torch
 from gallery.broken_shapes import BROKEN_SHAPES, as_wired
+from gallery.correct import CORRECT
 from gallery.other_shapes import OTHER
 from test_adapters import subject as in_plain_pytorch
-from test_gallery import WIRED, wired
+from test_gallery import WIRED, subject_of, wired
 from torch.nn.functional import mse_loss
 from torch.optim import optimizer as of_torch
 
@@ -353,6 +354,14 @@ def test_what_breaks_under_autocast_is_trained_so(tmp_path: Path) -> None:
     assert ended(script, mended, tmp_path).startswith("fixed: ")
 
 
+def test_a_weight_that_is_tied_to_another_has_one_slope(tmp_path: Path) -> None:
+    build = subject_of(CORRECT["tied_weights"])
+    case = replace(CASE, inputs=2, hidden=3, outputs=2)
+    kept = Kept("gradients_span_the_whole_chunk", "x", case, build="loops:build")
+
+    assert ended(script_of(kept, build), build, tmp_path).startswith("fixed: ")
+
+
 # What a script holds ----------------------------------------------------------------------------
 
 
@@ -429,6 +438,11 @@ def test_a_script_leaves_nothing_changed_in_the_process_that_writes_it() -> None
             "chunks_tile_the_sequence",
             otherwise("ragged", OTHER["ragged"][1]),
             "a mask leaves time steps out",
+        ),
+        (
+            "no_sequence_looks_at_another",
+            otherwise("flat_tokens", OTHER["flat_tokens"][1]),
+            "predictions lie otherwise than inputs",
         ),
         (
             "state_crosses_every_boundary",
