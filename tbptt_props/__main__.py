@@ -280,16 +280,12 @@ def _say(text: str) -> None:
 
 def _show(options: argparse.Namespace) -> int:
     from tbptt_props.script import script_of
-    from tbptt_props.subject import Subject
+    from tbptt_props.subject import ObservationError
 
     try:
         kept = kept_in(options.file)
-        build = _load(kept.build or kept.subject)
-        subject = build(case=kept.case)
-        if not isinstance(subject, Subject):
-            raise Misused(f"{kept.build} must return a Subject, got {type(subject).__name__}")
-        print(script_of(kept, subject), end="")
-    except ValueError as error:
+        print(script_of(kept, _load(kept.build or kept.subject)), end="")
+    except (ObservationError, TypeError, ValueError) as error:
         raise Misused(str(error)) from error
     return HOLDS
 

@@ -144,7 +144,23 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
             "subject",
             "trace",
         },
-        "script": {"kept", "subject"},
+        "pieces": set(),
+        "script": {
+            "batch",
+            "byhand",
+            "case",
+            "compare",
+            "forward",
+            "judge",
+            "kept",
+            "laws",
+            "observation",
+            "precision",
+            "state",
+            "subject",
+            "trace",
+            "train",
+        },
         "page": {"trace"},
         "agreement": {"compare", "trace"},
         "alike": {
@@ -270,7 +286,7 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
 
 # What only these may import, of all modules of both packages.
 ONLY: dict[str, set[str]] = {
-    "lightning": {"tbptt_props.train", "tbptt_ref.module"},
+    "lightning": {"tbptt_props.pieces", "tbptt_props.train", "tbptt_ref.module"},
     "hypothesis": {
         "tbptt_props.ddp",
         "tbptt_props.search",
