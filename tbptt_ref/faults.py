@@ -1,8 +1,8 @@
 """The reference broken one way at a time: the mistakes people make, to try a property on.
 
 Each fault is a class that overrides as little of `TruncatedRNN` as its mistake takes. One that
-writes `train_chunk` or `training_step` anew leaves out what `Fault.build` doesn't ask for: the
-scheduler, and but for the two faults in clipping the clipping.
+writes `train_chunk` or `training_step` anew leaves out the scheduler, which `Fault.build` doesn't
+ask for.
 
 Shapes: B sequences, T time steps, K time steps in a chunk, I inputs, H hidden units, O outputs.
 """

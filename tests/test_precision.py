@@ -16,12 +16,22 @@ from torch.optim import SGD, Optimizer
 import tbptt_props as tb
 from tbptt_props.compare import close, rounded_to, worst
 from tbptt_props.precision import Precision
-from tbptt_ref.faults import ADAM, FAULTS, MOMENTUM, UNDER_PRECISION, Fault
+from tbptt_ref.faults import (
+    ADAM,
+    FAULTS,
+    FUSED_ADAM,
+    FUSED_MOMENTUM,
+    MOMENTUM,
+    UNDER_PRECISION,
+    Fault,
+)
+from tbptt_ref.faults_update import CallsBackwardItself
 from tbptt_ref.module import TruncatedRNN, detached
 
 SEVERAL = tb.Case(batch=3, steps=7, chunk=3, inputs=2, hidden=3, outputs=2, batches=2, seed=3)
 EVEN = tb.Case(batch=2, steps=6, chunk=2, inputs=3, hidden=2, outputs=2, batches=2, seed=8)
 WHOLE = tb.Case(batch=2, steps=4, chunk=4, inputs=2, hidden=3, outputs=2, seed=12)
+MANUAL = "backward_goes_through_manual_backward"
 COARSE: tuple[Precision, ...] = ("32-true", "bf16-mixed", "16-mixed")
 Core = type[nn.RNN | nn.LSTM | nn.GRU]
 
@@ -45,7 +55,7 @@ def right(
     return build
 
 
-def broken_by(fault: Fault, precision: Precision, *cases: tb.Case) -> set[str]:
+def broken_by(fault: Fault, precision: Precision | None, *cases: tb.Case) -> set[str]:
     broken: set[str] = set()
     for case in cases:
         with torch.random.fork_rng(devices=[]):
@@ -148,6 +158,48 @@ def test_a_loop_that_is_right_breaks_nothing(
 
     assert report.broken == ()
     assert {v.name for v in report.not_judged} <= {"each_chunk_draws_its_own_randomness"}
+
+
+@pytest.mark.parametrize("precision", [None, *COARSE])
+def test_the_reference_clips_gradients_that_are_no_longer_scaled(
+    precision: Precision | None,
+) -> None:
+    fault = Fault(TruncatedRNN, core=nn.GRU, optimizer=MOMENTUM, clip_norm=0.05)
+
+    assert broken_by(fault, precision, SEVERAL, EVEN) == set()
+
+
+class AddsUp(TruncatedRNN):
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        state: Any = None
+        for x, y in self.chunks(*batch):
+            prediction, state = self(x, state)
+            self.manual_backward(self.loss(prediction, y))
+            state = detached(state)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("case", [SEVERAL, EVEN])
+def test_gradients_that_add_up_while_they_are_scaled_break_nothing(case: tb.Case) -> None:
+    module = Fault(AddsUp, core=nn.GRU, optimizer=MOMENTUM).build(case)
+    contract = tb.Contract(update="batch")
+
+    report = tb.check(
+        tb.Subject(module, loss=mse_loss, contract=contract, precision="16-mixed"), case
+    )
+
+    assert report.broken == ()
+
+
+@pytest.mark.parametrize("optimizer", [FUSED_ADAM, FUSED_MOMENTUM])
+def test_an_optimizer_that_divides_by_the_scale_itself_breaks_nothing(
+    optimizer: Callable[..., Optimizer],
+) -> None:
+    fault = Fault(TruncatedRNN, core=nn.GRU, optimizer=optimizer)
+
+    assert broken_by(fault, "16-mixed", SEVERAL, EVEN) == set()
 
 
 class CastsByHand(TruncatedRNN):
@@ -259,7 +311,7 @@ TELLING = {
     "UpdatesTwice": "each_chunk_updates_once",
     "ForgetsTheMomentum": "the_update_follows_the_optimizers_rule",
     "DecaysParameters": "nothing_but_the_update_moves_parameters",
-    "CallsBackwardItself": "backward_goes_through_manual_backward",
+    "CallsBackwardItself": MANUAL,
     "CallsBackwardTwice": "loss_is_the_chunks_own",
     "SumsTheErrors": "loss_is_the_chunks_own",
     "KeepsStates": "no_graph_outlives_its_chunk",
@@ -305,10 +357,14 @@ def test_a_fault_of_mixed_precision_is_found_there_and_does_no_harm_in_float64(
         ("KeepsItsCastWeights", "gradients_are_the_chunks_own", "cast_weights_are_kept"),
         ("CarriesAHalfState", "state_crosses_every_boundary", "state_is_changed_on_the_way"),
         ("ClipsScaledGradients", "loss_is_the_chunks_own", "scaled_gradients_are_changed"),
+        ("CallsBackwardItself", "training_reaches_the_end", "the_scaler_is_gone_round"),
+        ("CallsBackwardItself", "each_chunk_updates_once", "the_scaler_is_gone_round"),
+        ("CallsBackwardItself", MANUAL, "the_scaler_is_gone_round"),
     ],
 )
 def test_its_cause_is_named(name: str, judged: str, cause: str) -> None:
-    ((precision, fault),) = ((p, fault) for p, fault in UNDER_PRECISION if fault.name == name)
+    bare: tuple[Precision, Fault] = ("16-mixed", Fault(CallsBackwardItself, core=nn.GRU))
+    ((precision, fault),) = ((p, f) for p, f in (*UNDER_PRECISION, bare) if f.name == name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         subject = tb.Subject(fault.build(SEVERAL), loss=mse_loss, precision=precision)
