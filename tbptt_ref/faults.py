@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 
 from tbptt_ref import (
+    faults_devices,
     faults_precision,
     faults_processes,
     faults_side_effects,
@@ -236,6 +237,13 @@ UNDER_PRECISION: tuple[tuple[Literal["32-true", "bf16-mixed", "16-mixed"], Fault
     ("32-true", Fault(faults_precision.KeepsItsCastWeights, ("two chunks",), optimizer=MOMENTUM)),
     ("bf16-mixed", Fault(faults_precision.CarriesAHalfState, ("two chunks",), core=nn.GRU)),
     ("16-mixed", Fault(faults_precision.ClipsScaledGradients, core=nn.GRU, optimizer=MOMENTUM)),
+)
+
+# Harmless on the CPU: what is found only on a device that has memory of its own.
+ON_A_DEVICE: tuple[Fault, ...] = (
+    Fault(faults_devices.SendsStateThroughTheHost, ("two chunks",)),
+    Fault(faults_devices.StartsOnTheHost),
+    Fault(faults_devices.MasksOnTheHost),
 )
 
 # Harmless in a single process: several have to train together.

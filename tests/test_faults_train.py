@@ -27,6 +27,7 @@ from tbptt_ref.faults import (
     FUSED_ADAM,
     FUSED_MOMENTUM,
     MOMENTUM,
+    ON_A_DEVICE,
     UNDER_PRECISION,
     Fault,
     Need,
@@ -337,7 +338,8 @@ def test_every_mistake_is_said_in_one_line() -> None:
 def test_every_broken_class_is_among_the_faults() -> None:
     classes = TruncatedRNN.__subclasses__()
 
-    known = (*FAULTS, *(fault for _, fault in UNDER_PRECISION), *AMONG_PROCESSES)
+    elsewhere = (*(fault for _, fault in UNDER_PRECISION), *AMONG_PROCESSES, *ON_A_DEVICE)
+    known = (*FAULTS, *elsewhere)
 
     assert {fault.module for fault in known} == {
         broken for broken in classes if broken.__module__.startswith("tbptt_ref.faults")

@@ -133,9 +133,12 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
         "script": {"kept", "subject"},
         "page": {"trace"},
         "agreement": {"compare", "trace"},
+        "copies": {"compare", "device", "forward", "state", "subject"},
         "alike": {
             "case",
             "compare",
+            "copies",
+            "device",
             "judge",
             "observation",
             "precision",
@@ -232,6 +235,7 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
         "module": set(),
         "oracle": set(),
         "closed_form": set(),
+        "faults_devices": {"module"},
         "faults_precision": {"module"},
         "faults_processes": {"module"},
         "faults_side_effects": {"module"},
@@ -239,6 +243,7 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
         "faults_time": {"module"},
         "faults_update": {"module"},
         "faults": {
+            "faults_devices",
             "faults_precision",
             "faults_processes",
             "faults_side_effects",
