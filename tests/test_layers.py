@@ -101,6 +101,7 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
         "observation": {
             "batch",
             "case",
+            "compiling",
             "device",
             "laws",
             "lines",
