@@ -154,7 +154,7 @@ def test_nobodys_autocast_is_changed() -> None:
 def test_a_loop_that_is_right_breaks_nothing(
     precision: Precision, optimizer: Callable[..., Optimizer]
 ) -> None:
-    report = tb.verify(right(precision, core_for(precision), optimizer), max_examples=100, seed=1)
+    report = tb.verify(right(precision, core_for(precision), optimizer), max_examples=40, seed=1)
 
     assert report.broken == ()
     assert {v.name for v in report.not_judged} <= {"each_chunk_draws_its_own_randomness"}
@@ -323,7 +323,7 @@ TELLING = {
 def test_a_fault_is_found_in_each_precision(name: str, precision: Precision) -> None:
     (fault,) = (fault for fault in FAULTS if fault.name == name)
 
-    assert TELLING[name] in broken_by(fault, precision, SEVERAL, EVEN)
+    assert any(TELLING[name] in broken_by(fault, precision, case) for case in (SEVERAL, EVEN))
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,7 @@ def test_a_fault_is_found_in_each_precision(name: str, precision: Precision) -> 
 def test_a_fault_of_mixed_precision_is_found_there_and_does_no_harm_in_float64(
     fault: Fault, precision: Precision, due: str
 ) -> None:
-    assert due in broken_by(fault, precision, SEVERAL, EVEN)
+    assert any(due in broken_by(fault, precision, case) for case in (SEVERAL, EVEN))
     harmless = fault.name != "ClipsScaledGradients"  # which clips, and promised nothing
     assert not harmless or broken_by(fault, "64-true", SEVERAL, EVEN) == set()
 
