@@ -237,6 +237,10 @@ UNDER_PRECISION: tuple[tuple[Literal["32-true", "bf16-mixed", "16-mixed"], Fault
     ("32-true", Fault(faults_precision.KeepsItsCastWeights, ("two chunks",), optimizer=MOMENTUM)),
     ("bf16-mixed", Fault(faults_precision.CarriesAHalfState, ("two chunks",), core=nn.GRU)),
     ("16-mixed", Fault(faults_precision.ClipsScaledGradients, core=nn.GRU, optimizer=MOMENTUM)),
+    (
+        "16-mixed",
+        Fault(faults_precision.ForgetsStateOfSkippedUpdates, ("two chunks",), core=nn.GRU),
+    ),
 )
 
 # Harmless on the CPU: what is found only on a device that has memory of its own.

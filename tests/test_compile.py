@@ -168,6 +168,24 @@ def test_a_fault_within_such_a_core_is_found(wrap: str) -> None:
     assert [verdict.name for verdict in judged(build).broken] == [SPAN]
 
 
+class DropsWithin(Core):
+    """Starts from zeros, whatever state comes in."""
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("wrap", ["eager", "aot_eager", "checkpointed"])
+def test_a_core_that_drops_its_state_is_found(wrap: str) -> None:
+    def build() -> tb.Subject:
+        core = DropsWithin()
+        return around(Checkpointed(core) if wrap == "checkpointed" else compiled(core, wrap))
+
+    broken = {verdict.name for verdict in judged(build).broken}
+
+    assert "state_crosses_every_boundary" in broken
+
+
 @pytest.mark.parametrize(
     "core", [Core, lambda: nn.LSTM(2, 3, batch_first=True)], ids=["own", "lstm"]
 )

@@ -336,6 +336,7 @@ def test_a_fault_is_found_in_each_precision(name: str, precision: Precision) -> 
                 "graph_crosses_no_boundary",
                 "state_crosses_every_boundary",
                 "loss_is_the_chunks_own",
+                "state_crosses_every_boundary",
             ],
             strict=True,
         )
