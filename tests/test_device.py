@@ -5,6 +5,7 @@ What can be is tried on the CPU: by the same code, for the device is a parameter
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 import tbptt_props as tb
+from benchmarks.device import MIDDLE, judge, peak
 from tbptt_props import alike, device
 from tbptt_props.compare import close, difference, same
 from tbptt_props.device import WORKSPACE, drawn, repeatable, repeats_itself, set_drawn, unavailable
@@ -449,6 +451,15 @@ def test_what_is_left_on_the_host_is_told_of(fault: Fault) -> None:
     verdict = tb.check(subject, SEVERAL)["training_reaches_the_end"]
 
     assert [cause.name for cause in verdict.causes] == ["something_is_on_another_device"]
+
+
+@needs_cuda
+def test_the_peak_of_memory_stays_where_it_is_however_many_chunks_there_are() -> None:
+    few, many = (
+        peak(judge, replace(MIDDLE, hidden=512, steps=count * MIDDLE.chunk)) for count in (4, 32)
+    )
+
+    assert many < 1.2 * few  # the batch itself grows, by less than that
 
 
 @needs_cuda

@@ -323,7 +323,7 @@ def test_a_fault_overrides_seams_of_the_reference_and_little_else(fault: Fault) 
     overridden = {name for name, value in vars(fault.module).items() if inspect.isfunction(value)}
 
     assert overridden & SEAMS
-    assert overridden <= SEAMS | {"update", "validation_step"}
+    assert overridden <= SEAMS | {"update", "validation_step", "on_before_optimizer_step"}
 
 
 def test_every_fault_has_a_name_and_a_mistake_of_its_own() -> None:
