@@ -1,7 +1,8 @@
 """Holds what a loop does on one device against the same on another.
 
 Each chunk that one device came to is worked out anew on the other, from what that chunk was given.
-So no difference adds up over chunks, and the tolerance is that of a single one.
+So no difference adds up over chunks, and the tolerance is that of a single one. Nor is a state to
+make its way through the host's memory while a loop trains on a device that has its own.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from dataclasses import replace
 from typing import Any
 
 from tbptt_props.case import Case
-from tbptt_props.compare import near, rounded_to, worst
+from tbptt_props.compare import near, rounded_to, same, worst
+from tbptt_props.copies import Returned, copies_noted
+from tbptt_props.device import has_memory_of_its_own
 from tbptt_props.observation import made_ready, observe, observing
 from tbptt_props.precision import dtype_of, rounding
 from tbptt_props.rederivation import rederive
@@ -22,6 +25,7 @@ from tbptt_props.state import leaves, map_tensors
 from tbptt_props.strategies import cases
 from tbptt_props.subject import Subject
 from tbptt_props.trace import (
+    Cause,
     Chunk,
     Expected,
     Finding,
@@ -45,6 +49,8 @@ def verify_devices(
     **fixed: int,
 ) -> Report:
     """Search for a case on which what `build(case)` returns trains otherwise on one device.
+
+    On the second one, no state is to come back from the host in every chunk, either.
 
     Args:
         build: makes a fresh subject for a case.
@@ -92,6 +98,38 @@ def devices_train_alike(
         yield NotJudged("a forward that draws no random numbers, and that can be repeated")
 
 
+def the_state_stays_on_its_device(
+    trace: Trace, device: str, notes: Sequence[Returned]
+) -> Iterator[Finding]:
+    """Where chunk follows chunk, the state does not make its way through the host's memory."""
+    going_on = [chunk for chunk in trace.chunks if not chunk.starts_batch]
+    if not has_memory_of_its_own(device) or not going_on:
+        yield NotJudged("a device with memory of its own, and a case of at least two chunks")
+        return
+    back = [(chunk, _came_back(chunk, notes)) for chunk in going_on]
+    # What is done now and then, for a checkpoint or a picture, may well be meant.
+    if all(paths for _, paths in back):
+        for chunk, paths in back:
+            where = f"{chunk} on {device}, incoming {paths[0]}"
+            yield Violation(where, "a copy that went to the host and back", f"left on {device}")
+
+
+def the_state_is_sent_to_the_host(found: Sequence[Finding]) -> bool:
+    """The state is sent to the host between chunks, and from there back to the device.
+
+    Try: state.detach() alone on the way to the next chunk, with no cpu(), numpy() or tolist(); what
+    is to be logged or kept of it may be copied besides
+    """
+    return any(isinstance(one, Violation) for one in found)
+
+
+def _came_back(chunk: Chunk, notes: Sequence[Returned]) -> tuple[str, ...]:
+    """Return the leaves of the state that a chunk got from the host."""
+    assert chunk.given is not None
+    x = chunk.given.calls[0].x
+    return next((note.paths for note in notes if same(note.x, x)), ())
+
+
 def _differences(chunk: Chunk, due: Expected, devices: tuple[str, str]) -> Iterator[Finding]:
     outcome = chunk.outcome
     assert outcome is not None
@@ -110,6 +148,11 @@ def _differences(chunk: Chunk, due: Expected, devices: tuple[str, str]) -> Itera
             yield Violation(f"{where}, {what}{wrong.entry}", value, f"{told} {other}")
 
 
+_STAYS = frozenset({the_state_stays_on_its_device.__name__})
+_CAUSES = (Cause.told_by(the_state_is_sent_to_the_host, _STAYS),)
+OF_DEVICES = (devices_train_alike.__name__, the_state_stays_on_its_device.__name__)
+
+
 class _Both(Bench):
     """Judges by what comes of a case on two devices."""
 
@@ -125,13 +168,14 @@ class _Both(Bench):
 
     def summed(self) -> Report:
         """Sum up all cases judged so far: broken on one is broken."""
-        return Report(self.name, (self._summed(devices_train_alike.__name__),))
+        return Report(self.name, tuple(self._summed(name) for name in OF_DEVICES))
 
     def _judged(self, case: Case) -> Report:
         with observing(case):
             subject = self.fresh(case)
         both = tuple(replace(subject, device=device) for device in self.devices)
-        first, second = (observe(one, case) for one in both)
+        notes: list[Returned] = []
+        first, second = observe(both[0], case), observe(_noting(both[1], notes), case)
         with observing(case, dtype_of(subject.precision), self.devices[0]):
             twin = made_ready(both[0].copied)
             moved = [_moved(chunk, both[0].device) for chunk in second.chunks]
@@ -139,8 +183,23 @@ class _Both(Bench):
             longest = max((stop - start for plan in second.plan for start, stop in plan), default=1)
             autocast = next((c.given.autocast for c in second.chunks if c.given), None)
             with rounded_to(rounding(autocast), longest):
-                found = list(devices_train_alike((first, second), self.devices, again))
-        return Report(self.name, (Verdict.of(devices_train_alike, found, case),))
+                alike = list(devices_train_alike((first, second), self.devices, again))
+        stays = list(the_state_stays_on_its_device(second, self.devices[1], notes))
+        verdicts = (
+            Verdict.of(devices_train_alike, alike, case),
+            replace(
+                Verdict.of(the_state_stays_on_its_device, stays, case),
+                causes=_CAUSES if the_state_is_sent_to_the_host(stays) else (),
+            ),
+        )
+        return Report(self.name, verdicts)
+
+
+def _noting(subject: Subject, notes: list[Returned]) -> Subject:
+    """Have it noted what comes back from the host; on the host itself, nothing costs anything."""
+    if subject.around is not None or not has_memory_of_its_own(subject.device):
+        return subject
+    return replace(subject, around=lambda trained: copies_noted(trained, notes))
 
 
 def _moved(chunk: Chunk, device: str) -> Chunk:

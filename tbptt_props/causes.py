@@ -418,7 +418,8 @@ def no_update_is_made(seen: Evidence) -> bool:
 
     Try: optimizer.step() after every chunk's backward
     """
-    return seen.lacks_updates and not any(seen.updates) and not _moved_besides(seen)
+    made = any(seen.updates) or _moved_besides(seen)
+    return seen.lacks_updates and not made and not the_scaler_is_gone_round(seen)
 
 
 def parameters_are_updated_by_hand(seen: Evidence) -> bool:
@@ -571,7 +572,15 @@ def backward_goes_past_lightning(seen: Evidence) -> bool:
     Try: self.manual_backward(loss) in place of loss.backward()
     """
     past = any(look.through is False for look in seen.looks)
-    return past and not automatic_optimization_is_on(seen)
+    return past and not automatic_optimization_is_on(seen) and not the_scaler_is_gone_round(seen)
+
+
+def the_scaler_is_gone_round(seen: Evidence) -> bool:
+    """Backward is called past Lightning: its scaler for float16 has scaled no loss to divide by.
+
+    Try: self.manual_backward(loss) in place of loss.backward()
+    """
+    return "_scale is None" in seen.error and any(look.through is False for look in seen.looks)
 
 
 def update_goes_past_lightning(seen: Evidence) -> bool:
@@ -959,6 +968,7 @@ FINGERPRINTS: tuple[Group, ...] = (
             something_is_on_another_device,
         ),
     ),
+    ((ONCE, MANUAL), (the_scaler_is_gone_round,)),
     ((TILE, GRADIENTS, ORDER, ONCE, MANUAL), (automatic_optimization_is_on,)),
     ((CUT, GONE, GRADIENTS), (state_is_detached_in_part, state_is_not_detached)),
     ((CUT, GONE, GRADIENTS, LOSS), (losses_are_summed, cast_weights_are_kept)),

@@ -1,4 +1,4 @@
-"""What torch.compile makes of a module, and how the kit keeps out of it."""
+"""What torch.compile makes of a module, and how the kit keeps out of it; and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -26,6 +27,15 @@ def left_alone(function: _Function) -> _Function:
         return function
     disable: Callable[..., _Function] = torch.compiler.disable
     return disable(function, recursive=False)
+
+
+def graphed_in(module: nn.Module) -> str:
+    """Name a part of a module that replays a CUDA graph, by make_graphed_callables; '' if none."""
+    for path, part in module.named_modules():
+        for name, value in vars(part).items():
+            if getattr(value, "__module__", "") == "torch.cuda.graphs":
+                return f"{path}.{name}".lstrip(".")
+    return ""
 
 
 def _compiles() -> bool:

@@ -1,4 +1,4 @@
-"""Judges a loop that several processes run together: DistributedDataParallel, over gloo.
+"""Judges a loop that several processes run together: DistributedDataParallel, over gloo or NCCL.
 
 The processes are started anew, as `spawn` does it, and live from case to case. Each trains on
 sequences of its own, and tells of its updates through a pipe. Whoever waits for another that does
@@ -41,6 +41,7 @@ from tbptt_props.train import train
 from tbptt_props.watch import Watch
 
 Build = Callable[[Case], Subject]
+START_METHOD = "spawn"  # which leaves nothing running when the processes have ended
 STARTING = 120.0  # seconds in which a process has to come up: it imports torch and Lightning
 SMALLER = 12  # trainings to make a case smaller that breaks something
 SMALLEST_FIRST = ("batches", "steps", "batch", "hidden", "inputs", "outputs")
@@ -70,6 +71,7 @@ def verify_ddp(
         uneven: whether sequences are shorter in some processes, as they are in data of many
             lengths: a loop has to make as many backward passes in each all the same.
         strategy: the name of a strategy of Lightning's, such as `ddp_find_unused_parameters_true`.
+            One that shards parameters, such as `fsdp`, is refused.
         fixed: sizes of a case that the subject can't vary, by name.
 
     Raises:
@@ -193,7 +195,7 @@ class _Group:
 
     def start(self) -> None:
         """Start the processes, which meet by a file of their own."""
-        context = multiprocessing.get_context("spawn")
+        context: Any = multiprocessing.get_context(START_METHOD)
         self.folder = tempfile.TemporaryDirectory()
         meeting = f"{self.folder.name}/meeting"
         for rank in range(self.processes):
@@ -232,19 +234,31 @@ class _Group:
         for rank, pipe in enumerate(self.pipes):
             pipe.send_bytes(_packed(self.case_of(rank, case)))
         told = [Told() for _ in self.pipes]
+        away: set[int] = set()  # those that assume the case away
         under_way, moved = {*range(self.processes)}, time.monotonic()
         while under_way and time.monotonic() - moved < self.timeout:
             for rank, (kind, message) in self._messages(under_way):
                 moved = time.monotonic()
-                if kind in RAISED:
+                if kind == "failed":
                     self.end()
-                    raise RAISED[kind](message)
-                told[rank] = message
-                under_way -= {rank} if kind == "done" else set()
+                    raise ObservationError(message)
+                away |= {rank} if kind == "assumed away" else set()
+                told[rank] = message if kind != "assumed away" else told[rank]
+                under_way -= {rank} if kind != "goes on" else set()
+            if away and any(one.backwards for one in told):
+                break  # they would wait for those that do not train
+        if away:
+            self._assumed_away(away)
         if under_way or any(one.halt for one in told):
             self.ended += bool(under_way)
             self.end()  # what they share may be out of step
         return [_waiting(one) if rank in under_way else one for rank, one in enumerate(told)]
+
+    def _assumed_away(self, away: set[int]) -> None:
+        """Leave the case out; end processes of which some train on it."""
+        if len(away) < self.processes:
+            self.end()
+        raise UnsatisfiedAssumption
 
     def _messages(self, ranks: Iterable[int]) -> Iterator[tuple[int, tuple[str, Any]]]:
         by_pipe = {self.pipes[rank]: rank for rank in ranks}
@@ -261,12 +275,10 @@ class _Group:
 
     def _received(self, rank: int) -> Any:
         try:
-            return torch.load(io.BytesIO(self.pipes[rank].recv_bytes()), weights_only=False)
+            packed = io.BytesIO(self.pipes[rank].recv_bytes())
+            return torch.load(packed, map_location="cpu", weights_only=False)
         except (EOFError, OSError):
             return None
-
-
-RAISED = {"failed": ObservationError, "assumed away": UnsatisfiedAssumption}
 
 
 def _waiting(told: Told) -> Told:
@@ -293,7 +305,7 @@ def _work(pipe: Connection, member: _Member, build: Build) -> None:
     os.environ.update(LOCAL_RANK=str(member.rank), NODE_RANK="0", GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
     distributed.init_process_group(
-        "gloo",
+        backend(member.processes),
         init_method=f"file://{member.meeting}",
         rank=member.rank,
         world_size=member.processes,
@@ -315,6 +327,42 @@ def _work(pipe: Connection, member: _Member, build: Build) -> None:
         pipe.send_bytes(_packed(message))
 
 
+def backend(processes: int) -> str:
+    """Return by what processes talk: on CUDA by NCCL, if there is a device for each of them."""
+    enough = torch.cuda.device_count() >= processes and distributed.is_nccl_available()
+    return "cpu:gloo,cuda:nccl" if enough else "gloo"
+
+
+def placed(subject: Subject, rank: int, processes: int) -> Subject:
+    """Have a subject trained on this process's own GPU; on the CPU if there is none for each."""
+    if torch.device(subject.device).type != "cuda":
+        return subject
+    if torch.cuda.device_count() < processes:
+        return replace(subject, device="cpu")
+    torch.cuda.set_device(rank)
+    return subject
+
+
+@contextmanager
+def _refusing_shards(*_: Subject) -> Iterator[None]:
+    """Refuse modules of whose parameters each process has but a part, before they are called."""
+
+    def look(module: torch.nn.Module, args: Any) -> None:
+        kinds = {type(parameter).__name__ for parameter in module.parameters()}
+        if kinds & {"DTensor", "FlatParameter"}:
+            raise ObservationError(
+                "parameters are sharded over the processes, as by FSDP: each has but a part of "
+                "them, from which no chunk can be worked out anew; judge the loop with "
+                "strategy='ddp', which leaves them whole"
+            )
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def _packed(message: object) -> bytes:
     """Return a message with its tensors in it, and not in memory that is shared."""
     buffer = io.BytesIO()
@@ -334,11 +382,18 @@ class _Run:
     owed: dict[str, torch.Tensor] = field(default_factory=dict)  # since the update before
     missing: str = ""
     backwards: int = 0
+    device: str = "cpu"
+
+    def placed(self) -> Subject:
+        """Build the subject, for a device that there is; refuse what can't be judged among many."""
+        subject = placed(self.build(self.case), self.member.rank, self.member.processes)
+        return replace(subject, around=_refusing_shards)
 
     def trained(self) -> Told:
         """Train in the dtype that is asked for; in float32 if the module can't in float64."""
         with observing(self.case):
-            precision = self.build(self.case).precision
+            subject = self.placed()
+        precision, self.device = subject.precision, subject.device
         told = self.trained_in(dtype_of(precision))
         if precision is None and is_of_dtypes(told.halt):
             return self.trained_in(torch.float32)
@@ -346,14 +401,16 @@ class _Run:
 
     def trained_in(self, dtype: torch.dtype) -> Told:
         self.updates, self.owed, self.missing, self.backwards = [], {}, "", 0
-        with observing(self.case, dtype):
-            twin, subject = (made_ready(lambda: self.build(self.case)) for _ in range(2))
+        with observing(self.case, dtype, self.device):
+            twin, subject = (made_ready(self.placed) for _ in range(2))
             batches = batches_of(subject, self.case)
             watch = Watch(subject, batches, lambda chunk: self.looked_at(twin, chunk))
             with watch.on(), self.counting(watch):
                 copies = [batch.copied().whole for batch in batches]
                 processes, strategy = self.member.processes, self.member.strategy
                 error = train(subject, copies, watch, processes=processes, strategy=strategy)
+                if isinstance(error, ObservationError):
+                    raise error
                 watch.finished()
             if watch.problem is not None:
                 raise watch.problem

@@ -70,3 +70,13 @@ def seed(number: int, device: str) -> None:
     torch.default_generator.manual_seed(number)  # not manual_seed: it would seed all devices
     if torch.device(device).type == "cuda":
         torch.cuda.manual_seed_all(number)
+
+
+def has_memory_of_its_own(device: str) -> bool:
+    """Tell whether what lies on a device is not in the memory of the host."""
+    return torch.device(device).type != "cpu"
+
+
+def is_the_hosts(tensor: Tensor) -> bool:
+    """Tell whether a tensor lies in the memory of the host, and not on a device."""
+    return tensor.device.type == "cpu"

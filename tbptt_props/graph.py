@@ -30,6 +30,13 @@ def mark(tensor: Tensor, name: str, value: object = True) -> None:
         tensor.grad_fn.metadata[name] = value  # type: ignore[index]
 
 
+def marked(tensor: Tensor, name: str) -> Any:
+    """Return what was hung into a tensor's node by this name; None where nothing was."""
+    if tensor.grad_fn is None:
+        return None
+    return tensor.grad_fn.metadata.get(name)  # type: ignore[attr-defined]
+
+
 def variables_past(roots: Iterable[Tensor], name: str) -> set[int]:
     """Return the ids of the variables behind `roots` that a path leads to past all nodes marked."""
     waiting = [root.grad_fn for root in roots if root.grad_fn is not None]

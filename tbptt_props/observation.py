@@ -14,6 +14,7 @@ import torch
 from tbptt_props import laws
 from tbptt_props.batch import Batch, Parts
 from tbptt_props.case import Case
+from tbptt_props.compiling import graphed_in
 from tbptt_props.device import unavailable
 from tbptt_props.lines import is_the_users, shown
 from tbptt_props.precision import dtype_of, overflowed
@@ -115,6 +116,7 @@ def run(fresh: Fresh, case: Case, hand_on: Callable[[Chunk], None]) -> Trace:
     if watch.problem is not None:
         raise watch.problem
     _refuse_float16(subject, halt)
+    _refuse_capture(halt)
     _refuse_unknown_state(subject, watch)
     if halt is None:
         _refuse_automatic(subject, watch, plan)
@@ -155,6 +157,7 @@ def _validation(subject: Subject, case: Case, batches: Sequence[Batch]) -> list[
 def made_ready(fresh: Fresh) -> Subject:
     """Make the subject anew, in the dtype of the run, with a loss that answers for itself."""
     subject = fresh()
+    _refuse_graphs(subject)
     subject.module.to(device=subject.device, dtype=torch.get_default_dtype())
     loss = subject.loss
     return subject if loss is None else replace(subject, loss=held_to_be_one(loss))
@@ -278,6 +281,27 @@ def _refuse_float16(subject: Subject, halt: Halt | None) -> None:
         raise ObservationError(
             f"{type(subject.module).__name__} can't be trained in 16-mixed on the CPU, which lacks "
             f"a kernel for float16 ({halt.error}): it needs CUDA, or precision='bf16-mixed'"
+        )
+
+
+def _refuse_graphs(subject: Subject) -> None:
+    """Refuse what replays a CUDA graph: it reads the memory in which parameters once lay."""
+    graphed = graphed_in(subject.module)
+    if graphed:
+        raise ObservationError(
+            f"{type(subject.module).__name__}.{graphed} replays a CUDA graph, which runs on the "
+            "very memory and lengths that it was captured with, and on no copy of the module: "
+            "judge it without make_graphed_callables; torch.compile(core, mode='reduce-overhead') "
+            "can be judged as it is"
+        )
+
+
+def _refuse_capture(halt: Halt | None) -> None:
+    """Refuse a loop that captures a CUDA graph itself: looking at numbers breaks the capture."""
+    if halt and "captur" in halt.error and "CUDA" in halt.error:
+        raise ObservationError(
+            f"a loop can't be watched while it captures a CUDA graph ({halt.error}): judge it "
+            "without"
         )
 
 

@@ -140,7 +140,7 @@ def updates_go_through_lightnings_optimizer(trace: Trace) -> Iterator[Finding]:
         yield NotJudged("a LightningModule")
     elif not trace.updates:
         yield NotJudged("an update by an optimizer")
-    elif trace.counted not in (trace.updates, trace.updates + trace.skipped):
+    elif not trace.updates <= trace.counted <= trace.updates + trace.skipped:
         where = f"global_step after {counted(trace.updates, 'update')}"
         yield Violation(where, str(trace.counted), str(trace.updates))
 
@@ -746,6 +746,8 @@ def _share(link: Link) -> float:
     factor = outcome.loss / promised if promised else 1.0
     if near(factor, 1.0, dtype=_dtype(link)) or not 0 < factor < torch.inf:
         return link.share
+    if near(factor, outcome.scale, dtype=_dtype(link)):
+        return link.share * outcome.scale
     pairs = [
         (g, outcome.met[name])
         for rule in outcome.rules

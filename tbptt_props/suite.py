@@ -238,7 +238,8 @@ class _Test:
         return self.benches[key]
 
     def _drawn(self, chosen: settings) -> Any:
-        return hypothesis.seed(self.number)(chosen(given(case=self.strategy)(self.body)))
+        # The settings come last: a seed would take the database of examples from them.
+        return chosen(hypothesis.seed(self.number)(given(case=self.strategy)(self.body)))
 
     def run(self, options: Options, kept: Sequence[Case], *args: Any, **kwargs: Any) -> None:
         """Judge what the options say: the cases of a search, those kept first; or one."""

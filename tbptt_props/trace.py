@@ -177,6 +177,7 @@ class Outcome:
     returned: bool = False  # gradients were handed back to the loop, which left them nowhere
     idle: str = ""  # why an update by hand may have been made, and could not be seen
     besides: frozenset[str] = frozenset()  # parameters with a way to the loss past forward
+    scale: float = 1.0  # of the loss, by a scaler that then got the gradients as backward left them
 
     @property
     def met(self) -> Tensors:

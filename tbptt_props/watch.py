@@ -50,6 +50,7 @@ from tbptt_props.lines import Line, calls_itself, users_line
 from tbptt_props.places import by_memory, lanes_of, locate, span_of, time_first
 from tbptt_props.precision import autocast_in_force, keeps_casts
 from tbptt_props.process import Hung, Watchdog, randomness
+from tbptt_props.scaling import divided, is_told_to_skip, scale_of, scalers_watched
 from tbptt_props.state import dense, leaves, side_by_side, value_of
 from tbptt_props.subject import ObservationError, Subject, WiringError
 from tbptt_props.trace import (
@@ -177,6 +178,8 @@ class _LiveChunk:
     idle: str = ""
     lines: dict[Kind, Line] = field(default_factory=dict)
     besides: frozenset[str] = frozenset()
+    scale: float = 1.0  # by which a scaler multiplied the loss
+    divided: bool | None = None  # by a scaler, and all of them as backward left them
 
 
 class Watch:
@@ -338,6 +341,7 @@ class Watch:
             undo.enter_context(self._wrapped_autograd("backward", self._backward))
             undo.enter_context(self._wrapped_autograd("grad", self._grad))
             undo.enter_context(self._wrapped_making_of_optimizers())
+            undo.enter_context(scalers_watched(self._before_dividing))
             undo.callback(register_optimizer_step_pre_hook(self._before_step).remove)
             undo.callback(register_optimizer_step_post_hook(self._after_step).remove)
             yield
@@ -645,6 +649,7 @@ class Watch:
             chunk = self._chunk_of(numbers)
             if chunk is not None:
                 chunk.besides |= self._besides(roots)
+                chunk.scale = scale_of(roots)
             self._note_what_was_cleared()
         if chunk is None:
             return self._past_forward(run, numbers)
@@ -974,8 +979,20 @@ class Watch:
 
     # Update ---------------------------------------------------------------------------------
 
+    def _before_dividing(self, optimizer: Optimizer) -> None:
+        """Note whether a scaler is about to divide the very gradients that backward left."""
+        chunk = self.current
+        if self._elsewhere() or chunk is None:
+            return
+        left, names = chunk.left or chunk.gradients, {*self._owned(optimizer)}
+        now = self._gradients(handed=left)
+        intact = all(g is left.get(name) for name, g in now.items() if name in names)
+        chunk.divided = intact and chunk.divided is not False
+
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         if self._elsewhere() or not self._owned(optimizer) or self._is_inner(optimizer):
+            return None
+        if is_told_to_skip(optimizer):
             return None
         with self._own_code():
             return self._met(optimizer, args, kwargs)
@@ -1038,7 +1055,7 @@ class Watch:
                 for group in optimizer.param_groups
             ),
             memory=self._remembered(optimizer),
-            handed={name: g for name, g in gradients.items() if name in names},
+            handed={n: divided(optimizer, g) for n, g in gradients.items() if n in names},
             before=self.known,
         )
 
@@ -1273,6 +1290,7 @@ class Watch:
                 returned=live.returned,
                 idle=live.idle,
                 besides=live.besides,
+                scale=live.scale if live.divided or not live.rules else 1.0,
             ),
             starts_batch=live.starts_batch,
             evaluations=live.evaluations,

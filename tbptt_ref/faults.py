@@ -1,8 +1,8 @@
 """The reference broken one way at a time: the mistakes people make, to try a property on.
 
 Each fault is a class that overrides as little of `TruncatedRNN` as its mistake takes. One that
-writes `train_chunk` or `training_step` anew leaves out what `Fault.build` doesn't ask for: the
-scheduler, and but for the two faults in clipping the clipping.
+writes `train_chunk` or `training_step` anew leaves out the scheduler, which `Fault.build` doesn't
+ask for.
 
 Shapes: B sequences, T time steps, K time steps in a chunk, I inputs, H hidden units, O outputs.
 """
@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 
 from tbptt_ref import (
+    faults_devices,
     faults_precision,
     faults_processes,
     faults_side_effects,
@@ -236,6 +237,17 @@ UNDER_PRECISION: tuple[tuple[Literal["32-true", "bf16-mixed", "16-mixed"], Fault
     ("32-true", Fault(faults_precision.KeepsItsCastWeights, ("two chunks",), optimizer=MOMENTUM)),
     ("bf16-mixed", Fault(faults_precision.CarriesAHalfState, ("two chunks",), core=nn.GRU)),
     ("16-mixed", Fault(faults_precision.ClipsScaledGradients, core=nn.GRU, optimizer=MOMENTUM)),
+    (
+        "16-mixed",
+        Fault(faults_precision.ForgetsStateOfSkippedUpdates, ("two chunks",), core=nn.GRU),
+    ),
+)
+
+# Harmless on the CPU: what is found only on a device that has memory of its own.
+ON_A_DEVICE: tuple[Fault, ...] = (
+    Fault(faults_devices.SendsStateThroughTheHost, ("two chunks",)),
+    Fault(faults_devices.StartsOnTheHost),
+    Fault(faults_devices.MasksOnTheHost),
 )
 
 # Harmless in a single process: several have to train together.

@@ -45,3 +45,15 @@ class ClipsScaledGradients(TruncatedRNN):
         self.clip_gradients(optimizer, 1.0, gradient_clip_algorithm="norm")
         optimizer.step()
         return loss.detach(), detached(state)
+
+
+class ForgetsStateOfSkippedUpdates(TruncatedRNN):
+    """Takes a chunk for spoilt whose update the scaler skips, and starts from no state after it."""
+
+    def train_chunk(self, x: Tensor, y: Tensor, state: State) -> tuple[Tensor, State]:
+        """Tell a skipped update by the scale, which is lower then."""
+        scaler: Any = getattr(self.trainer.precision_plugin, "scaler", None)
+        before = scaler.get_scale() if scaler else 0.0
+        loss, state = super().train_chunk(x, y, state)
+        skipped = scaler is not None and scaler.get_scale() < before
+        return loss, None if skipped else state

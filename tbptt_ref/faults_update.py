@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from tbptt_ref.module import State, TruncatedRNN, detached
 
@@ -328,6 +329,9 @@ class ScalesTheGradients(TruncatedRNN):
 class ClipsAfterUpdating(TruncatedRNN):
     """Clips the gradients when the update has been made."""
 
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Leave the gradients as they are."""
+
     def train_chunk(self, x: Tensor, y: Tensor, state: State) -> tuple[Tensor, State]:
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
@@ -341,6 +345,9 @@ class ClipsAfterUpdating(TruncatedRNN):
 
 class ClipsBeforeBackward(TruncatedRNN):
     """Clips the gradients when there are none yet."""
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Leave the gradients as they are."""
 
     def train_chunk(self, x: Tensor, y: Tensor, state: State) -> tuple[Tensor, State]:
         optimizer: Any = self.optimizers()

@@ -90,13 +90,16 @@ class TruncatedRNN(LightningModule):
         prediction, state = self(x, state)
         loss = self.loss(prediction, y)
         self.manual_backward(loss)
-        if self.clip_norm is not None:
-            self.clip_gradients(optimizer, self.clip_norm, gradient_clip_algorithm="norm")
         optimizer.step()
         scheduler: Any = self.lr_schedulers()
         if scheduler is not None:
             scheduler.step()
         return loss.detach(), detached(state)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clip gradients, where asked for: only here are they no longer scaled for float16."""
+        if self.clip_norm is not None:
+            self.clip_gradients(optimizer, self.clip_norm, gradient_clip_algorithm="norm")
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer, and the learning-rate scheduler where one was asked for."""

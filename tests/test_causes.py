@@ -127,6 +127,7 @@ ELSEWHERE = {
     "something_is_on_another_device",
     "cast_weights_are_kept",
     "scaled_gradients_are_changed",
+    "the_scaler_is_gone_round",
 }
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.checkpoint import checkpoint
 
 import tbptt_props as tb
+from tbptt_props.device import unavailable
 from tbptt_props.judge import judge
 from tbptt_ref import faults_state, faults_update
 from tbptt_ref.module import TruncatedRNN
@@ -166,6 +168,24 @@ def test_a_fault_within_such_a_core_is_found(wrap: str) -> None:
     assert [verdict.name for verdict in judged(build).broken] == [SPAN]
 
 
+class DropsWithin(Core):
+    """Starts from zeros, whatever state comes in."""
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("wrap", ["eager", "aot_eager", "checkpointed"])
+def test_a_core_that_drops_its_state_is_found(wrap: str) -> None:
+    def build() -> tb.Subject:
+        core = DropsWithin()
+        return around(Checkpointed(core) if wrap == "checkpointed" else compiled(core, wrap))
+
+    broken = {verdict.name for verdict in judged(build).broken}
+
+    assert "state_crosses_every_boundary" in broken
+
+
 @pytest.mark.parametrize(
     "core", [Core, lambda: nn.LSTM(2, 3, batch_first=True)], ids=["own", "lstm"]
 )
@@ -174,3 +194,67 @@ def test_activations_that_are_worked_out_again_break_nothing(core: Callable[[], 
 
     assert report.broken == ()
     assert {verdict.name for verdict in report.not_judged} == UNJUDGED
+
+
+# CUDA graphs --------------------------------------------------------------------------------
+
+
+def replays(x: Tensor, state: Any = None) -> Any:
+    """Stand in for what make_graphed_callables puts in the place of a forward."""
+
+
+replays.__module__ = "torch.cuda.graphs"
+
+
+@pytest.mark.parametrize("where", ["forward", "run"])
+def test_what_replays_a_graph_is_refused_with_what_to_do(where: str) -> None:
+    subject = around(Core())
+    setattr(subject.module.core, where, replays)
+
+    with pytest.raises(
+        tb.ObservationError, match=rf"\.core\.{where} replays a CUDA graph.*without"
+    ):
+        judged(lambda: subject)
+
+
+class Captures(TruncatedRNN):
+    def train_chunk(self, x: Tensor, y: Tensor, state: Any) -> tuple[Tensor, Any]:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+
+def test_a_loop_that_captures_a_graph_itself_is_refused() -> None:
+    with pytest.raises(
+        tb.ObservationError, match="can't be watched while it captures a CUDA graph"
+    ):
+        judged(lambda: around(Core(), Captures))
+
+
+@pytest.mark.skipif(bool(unavailable("cuda")), reason=f"needs {unavailable('cuda')}")
+def test_a_core_that_was_captured_on_a_gpu_is_refused() -> None:
+    sample = torch.zeros(3, 2, 2, device="cuda"), torch.zeros(3, 3, device="cuda")
+    core: Any = torch.cuda.make_graphed_callables(Core().cuda(), sample)
+    subject = around(core)
+
+    with pytest.raises(tb.ObservationError, match=r"\.core\.forward replays a CUDA graph"):
+        judged(lambda: replace(subject, device="cuda"))
+
+
+class Clones(nn.Module):
+    """Hands on copies: the next replay of a graph writes over what it returned."""
+
+    def __init__(self, core: nn.Module) -> None:
+        super().__init__()
+        self.core = core
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        features, state = self.core(x, state)
+        return features.clone(), state.clone()
+
+
+@pytest.mark.skipif(bool(unavailable("cuda")), reason=f"needs {unavailable('cuda')}")
+def test_a_core_that_is_compiled_to_a_graph_breaks_nothing_on_a_gpu() -> None:
+    def build() -> tb.Subject:
+        core: Any = torch.compile(Core(), mode="reduce-overhead")
+        return replace(around(Clones(core)), device="cuda", precision="32-true")
+
+    assert judged(build).broken == ()

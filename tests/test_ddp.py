@@ -6,25 +6,30 @@ Real processes, over gloo. They import `build` and the rest of this module by it
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
+from multiprocessing import forkserver
 from typing import Any
 
 import hypothesis
 import pytest
 import torch
+from hypothesis.errors import UnsatisfiedAssumption
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
 
 import tbptt_props as tb
+from tbptt_props import ddp
 from tbptt_props.agreement import OF_GROUPS, Processes, Told, Update
-from tbptt_props.ddp import _Group, judged
+from tbptt_props.ddp import _Group, backend, judged, placed
 from tbptt_props.observation import observing
 from tbptt_ref.faults import AMONG_PROCESSES, Fault
 from tbptt_ref.module import TruncatedRNN, detached
 
 END, SHARED, SAME = (p.__name__ for p in OF_GROUPS)
 TIMEOUT = 4.0
+SHIPPED = ddp.START_METHOD
 
 
 class OwnModel(nn.Module):
@@ -36,6 +41,16 @@ class OwnModel(nn.Module):
     def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         features, state = self.core(x, state)
         return self.readout(features), state
+
+
+def sharding_loop(module: nn.Module, batches: Any) -> None:
+    """Leave each process but a part of each parameter."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard  # takes long: not in processes without it
+
+    fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+    for x, _ in batches:
+        module(x)
 
 
 def wrapped_loop(module: nn.Module, batches: Any, *, bypasses: bool = False) -> None:
@@ -123,6 +138,9 @@ KINDS: dict[int, Callable[[tb.Case], tb.Subject]] = {
     ),
     7: lambda case: built(Raises, case),
     8: lambda case: built(Dies, case),
+    9: lambda case: tb.Subject(OwnModel(case), loss=mse_loss, train=sharding_loop),
+    20: lambda case: hypothesis.reject(),
+    21: lambda case: hypothesis.reject() if case.seed else built(TruncatedRNN, case),
     **{10 + i: partial(made_by, fault) for i, fault in enumerate(AMONG_PROCESSES)},
 }
 
@@ -145,7 +163,17 @@ def case_of(kind: int) -> tb.Case:
 
 
 @pytest.fixture(scope="module")
-def group() -> Iterator[_Group]:
+def _started_sooner() -> Iterator[None]:
+    """Fork processes from one that has imported all: it would take each of them many seconds."""
+    multiprocessing.set_forkserver_preload([ddp.__name__, __name__])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ddp, "START_METHOD", "forkserver")
+        yield
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def group(_started_sooner: None) -> Iterator[_Group]:
     with _Group(build, 2, TIMEOUT, uneven=False, strategy="ddp") as group:
         yield group
 
@@ -192,15 +220,16 @@ def test_gradients_are_those_of_one_process_on_all_the_sequences(group: _Group) 
             torch.testing.assert_close(dict(update.met), dict(chunk.outcome.gradients))
 
 
-def test_a_search_draws_cases_and_leaves_nothing() -> None:
-    environment, running = dict(os.environ), multiprocessing.active_children()
+def test_a_search_draws_cases_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ddp, "START_METHOD", SHIPPED)
+    environment, running = dict(os.environ), {*multiprocessing.active_children()}
 
     report = tb.verify_ddp(right, max_examples=2, seed=1)
 
     assert statuses(report) == dict.fromkeys((END, SHARED, SAME), "holds")
     assert report.examples == 2
     assert report.subject == "test_ddp:right"
-    assert multiprocessing.active_children() == running
+    assert {*multiprocessing.active_children()} == running
     assert dict(os.environ) == environment
     assert not torch.distributed.is_initialized()
 
@@ -256,8 +285,9 @@ def test_a_process_that_raises_or_dies_is_told_and_the_others_are_ended(
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.usefixtures("_started_sooner")
 def test_processes_that_wait_for_one_another_are_told_of_in_time_and_ended() -> None:
-    running = multiprocessing.active_children()
+    running = {*multiprocessing.active_children()}
 
     report = tb.verify_ddp(
         right, max_examples=20, seed=0, timeout=TIMEOUT, uneven=True, chunk=1, steps=3, batches=1
@@ -266,7 +296,7 @@ def test_processes_that_wait_for_one_another_are_told_of_in_time_and_ended() -> 
     assert report[END].status == "broken"
     assert "after 3 and 2 backward passes" in str(report[END].violations[0])
     assert [cause.name for cause in report[END].causes] == ["numbers_of_chunks_differ"]
-    assert multiprocessing.active_children() == running
+    assert {*multiprocessing.active_children()} == running
 
 
 # What can't be judged -----------------------------------------------------------------------
@@ -277,12 +307,78 @@ def test_what_no_process_can_import_is_refused() -> None:
         tb.verify_ddp(lambda case: build(case))
 
 
+@pytest.mark.usefixtures("_started_sooner")
 def test_what_a_factory_raises_is_told_of_and_nobody_is_left() -> None:
-    running = multiprocessing.active_children()
+    running = {*multiprocessing.active_children()}
 
     with pytest.raises(tb.ObservationError, match=r"process [01]: OSError: no such corpus"):
         tb.verify_ddp(of_no_use, max_examples=1)
-    assert multiprocessing.active_children() == running
+    assert {*multiprocessing.active_children()} == running
+
+
+def test_parameters_of_which_each_process_has_but_a_part_are_refused(group: _Group) -> None:
+    with pytest.raises(tb.ObservationError, match=r"process [01]: parameters are sharded over"):
+        group.train(case_of(9))
+
+
+def test_processes_live_on_where_all_assume_a_case_away(group: _Group) -> None:
+    group.train(case_of(1))
+    running = [process.pid for process in group.running]
+
+    with pytest.raises(UnsatisfiedAssumption):
+        group.train(case_of(20))
+    assert [process.pid for process in group.running] == running
+
+
+def test_they_are_ended_where_one_alone_does(
+    group: _Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group.train(case_of(1))
+    monkeypatch.setattr(group, "timeout", 0.5)
+
+    with pytest.raises(UnsatisfiedAssumption):
+        group.train(case_of(21))
+    assert group.running == []
+
+
+# Where it is trained ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("devices", "spoken", "where"),
+    [(0, "gloo", "cpu"), (1, "gloo", "cpu"), (2, "cpu:gloo,cuda:nccl", "cuda")],
+)
+def test_processes_talk_by_nccl_where_each_has_a_gpu_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, devices: int, spoken: str, where: str
+) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    subject = tb.Subject(nn.Linear(1, 1), device="cuda")
+
+    assert backend(2) == spoken
+    assert placed(subject, 1, 2).device == where
+    assert chosen == ([1] if where == "cuda" else [])
+    assert placed(tb.Subject(nn.Linear(1, 1)), 1, 2).device == "cpu"
+
+
+def right_on_gpus(case: tb.Case) -> tb.Subject:
+    return replace(right(case), device="cuda")
+
+
+def bare_on_gpus(case: tb.Case) -> tb.Subject:
+    return replace(made_by(AMONG_PROCESSES[0], case), device="cuda")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize(("build", "status"), [(right_on_gpus, "holds"), (bare_on_gpus, "broken")])
+def test_processes_with_a_gpu_each_are_judged_over_nccl(
+    build: Callable[[tb.Case], tb.Subject], status: str
+) -> None:
+    report = tb.verify_ddp(build, max_examples=3, seed=0, timeout=60.0)
+
+    assert report[SHARED].status == status
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 What can be is tried on the CPU: by the same code, for the device is a parameter everywhere.
 """
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +14,12 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 import tbptt_props as tb
+from benchmarks.device import MIDDLE, judge, peak
+from tbptt_props import alike, device
 from tbptt_props.compare import close, difference, same
 from tbptt_props.device import WORKSPACE, drawn, repeatable, repeats_itself, set_drawn, unavailable
 from tbptt_props.precision import Precision
-from tbptt_ref.faults import ADAM, FAULTS
+from tbptt_ref.faults import ADAM, FAULTS, ON_A_DEVICE, Fault
 from tbptt_ref.module import State, TruncatedRNN
 
 NO_CUDA = unavailable("cuda")
@@ -90,8 +94,8 @@ def test_each_property_is_an_item_on_each_device(
 
     collected = [line for line in result.outlines if "::" in line]
     assert len(collected) == len(ids) * len(tb.PROPERTIES)
-    for device in ids:
-        on = [line for line in collected if not device or device in line.split("[")[1]]
+    for name in ids:
+        on = [line for line in collected if not name or name in line.split("[")[1]]
         assert len(on) == len(tb.PROPERTIES)
 
 
@@ -135,6 +139,11 @@ def test_a_failure_names_the_device_in_its_replay(pytester: pytest.Pytester) -> 
 
 
 # What is placed wrongly ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ON_A_DEVICE, ids=lambda fault: fault.name)
+def test_what_is_misplaced_on_a_device_does_no_harm_on_the_cpu(fault: Fault) -> None:
+    assert tb.check(tb.Subject(fault.build(SEVERAL), loss=mse_loss), SEVERAL).broken == ()
 
 
 class MasksElsewhere(TruncatedRNN):
@@ -191,6 +200,154 @@ def test_what_comes_out_otherwise_is_told_with_the_smallest_case() -> None:
     assert verdict.status == "broken"
     assert verdict.case == tb.Case(steps=1, chunk=1)
     assert "time steps 0-0 on cpu, loss: " in str(verdict.violations[0])
+
+
+# A state that makes its way through the host ------------------------------------------------
+#
+# On the CPU, memory for float64 stands in for the host's: to it and back, float32 loses nothing.
+
+
+@pytest.fixture
+def float64_is_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "is_the_hosts", lambda tensor: tensor.dtype == torch.float64)
+    monkeypatch.setattr(alike, "has_memory_of_its_own", lambda device: True)
+
+
+class Moves(TruncatedRNN):
+    """Does something with each state on its way, and something with the loss."""
+
+    def train_chunk(self, x: Tensor, y: Tensor, state: State) -> tuple[Tensor, State]:
+        loss, state = super().train_chunk(x.double().float(), y.double().float(), state)
+        return loss, self.moved(state)
+
+    def moved(self, state: Any) -> Any:
+        raise NotImplementedError
+
+
+class ThereAndBack(Moves):
+    def moved(self, state: Any) -> Any:
+        return tuple(tensor.double().float() for tensor in state)
+
+
+class ByNumpy(Moves):
+    def moved(self, state: Any) -> Any:
+        h, c = state
+        return torch.from_numpy(h.double().numpy()).float(), c
+
+
+class ByLists(Moves):
+    def moved(self, state: Any) -> Any:
+        h, c = state
+        return h, torch.tensor(c.tolist(), dtype=torch.float64).float()
+
+
+class IntoABuffer(Moves):
+    def moved(self, state: Any) -> Any:
+        h, c = state
+        return torch.empty_like(h).copy_(h.double()), c
+
+
+class NowAndThen(Moves):
+    count = 0
+
+    def moved(self, state: Any) -> Any:
+        self.count += 1
+        return state if self.count == 2 else tuple(tensor.double().float() for tensor in state)
+
+
+class KeepsACopy(Moves):
+    """Logs and keeps what it likes of a state, and goes on from the state itself."""
+
+    def moved(self, state: Any) -> Any:
+        self.kept = [tensor.double() for tensor in state]
+        self.log("norm", self.kept[0].norm().item())
+        self.shown = [tensor.float() for tensor in self.kept]
+        return tuple(tensor.clone() for tensor in state)
+
+
+class MasksFromTheHost(Moves):
+    def moved(self, state: Any) -> Any:
+        mask = torch.ones(state[0].shape, dtype=torch.float64).float()
+        return tuple(mask * tensor for tensor in state)
+
+
+class UsesMemoryAgain(Moves):
+    """What was copied from the host is written over with the state itself."""
+
+    def moved(self, state: Any) -> Any:
+        memory = [torch.zeros_like(tensor, dtype=torch.float64).float() for tensor in state]
+        return tuple(to.copy_(tensor) for to, tensor in zip(memory, state, strict=True))
+
+
+class AddsToMemory(Moves):
+    """As it is done where the first state is made on the host, and all others are added to it."""
+
+    def moved(self, state: Any) -> Any:
+        memory = [torch.zeros_like(tensor, dtype=torch.float64).float() for tensor in state]
+        return tuple(to.add_(tensor) for to, tensor in zip(memory, state, strict=True))
+
+
+class TakesStatesFromTheHost(Moves):
+    """As with states that are kept beside the data: what comes in is not what went out."""
+
+    def moved(self, state: Any) -> Any:
+        return tuple(torch.ones_like(tensor, dtype=torch.float64).float() for tensor in state)
+
+
+def moving(kind: type[TruncatedRNN]) -> Callable[[tb.Case], tb.Subject]:
+    def build(case: tb.Case) -> tb.Subject:
+        return tb.Subject(Fault(kind).build(case), loss=mse_loss, precision="32-true")
+
+    return build
+
+
+STAYS = "the_state_stays_on_its_device"
+
+
+@pytest.mark.usefixtures("float64_is_the_host")
+@pytest.mark.parametrize("kind", [ThereAndBack, ByNumpy, ByLists, IntoABuffer])
+def test_a_state_that_goes_to_the_host_and_back_is_found(kind: type[TruncatedRNN]) -> None:
+    verdict = tb.verify_devices(moving(kind), devices=("cpu", "cpu"), max_examples=2, seed=0)[STAYS]
+
+    assert verdict.case == tb.Case(steps=2, chunk=1)
+    assert re.fullmatch(
+        r"time steps 1-1 on cpu, incoming state\[[01]\]: a copy that went to the host and back, "
+        "but should be left on cpu",
+        str(verdict.violations[0]),
+    )
+    assert [cause.name for cause in verdict.causes] == ["the_state_is_sent_to_the_host"]
+
+
+@pytest.mark.usefixtures("float64_is_the_host")
+@pytest.mark.parametrize(
+    "kind",
+    [
+        TruncatedRNN,
+        KeepsACopy,
+        MasksFromTheHost,
+        UsesMemoryAgain,
+        AddsToMemory,
+        TakesStatesFromTheHost,
+        NowAndThen,
+    ],
+)
+def test_other_copies_are_left_alone(kind: type[TruncatedRNN]) -> None:
+    report = tb.verify_devices(
+        moving(kind), devices=("cpu", "cpu"), max_examples=1, seed=0, steps=5, chunk=1
+    )
+
+    assert report.broken == ()
+    assert report[STAYS].status == "holds"
+
+
+def test_on_the_cpu_there_is_no_other_memory_and_nothing_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(alike, "copies_noted", None)
+
+    report = tb.verify_devices(right, devices=("cpu", "cpu"), max_examples=2, seed=0)
+
+    assert "memory of its own" in report[STAYS].missing
 
 
 # The device itself --------------------------------------------------------------------------
@@ -287,14 +444,31 @@ def test_what_is_switched_for_a_gpu_is_put_back() -> None:
 
 
 @needs_cuda
-def test_a_state_left_on_the_cpu_is_told_of() -> None:
-    class StaysBehind(TruncatedRNN):
-        def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
-            return super().forward(x, torch.zeros(1, len(x), 3) if state is None else state)
-
-    module = StaysBehind(nn.GRU(2, 3, batch_first=True), nn.Linear(3, 2), chunk=3)
-    subject = tb.Subject(module, loss=mse_loss, device="cuda", precision="32-true")
+@pytest.mark.parametrize("fault", ON_A_DEVICE[1:], ids=lambda fault: fault.name)
+def test_what_is_left_on_the_host_is_told_of(fault: Fault) -> None:
+    subject = tb.Subject(fault.build(SEVERAL), loss=mse_loss, device="cuda")
 
     verdict = tb.check(subject, SEVERAL)["training_reaches_the_end"]
 
     assert [cause.name for cause in verdict.causes] == ["something_is_on_another_device"]
+
+
+@needs_cuda
+def test_the_peak_of_memory_stays_where_it_is_however_many_chunks_there_are() -> None:
+    few, many = (
+        peak(judge, replace(MIDDLE, hidden=512, steps=count * MIDDLE.chunk)) for count in (4, 32)
+    )
+
+    assert many < 1.2 * few  # the batch itself grows, by less than that
+
+
+@needs_cuda
+def test_a_state_that_goes_through_the_memory_of_the_host_is_found() -> None:
+    (fault,) = (fault for fault in ON_A_DEVICE if fault.name == "SendsStateThroughTheHost")
+
+    def build(case: tb.Case) -> tb.Subject:
+        return tb.Subject(fault.build(case), loss=mse_loss)
+
+    verdict = tb.verify_devices(build, max_examples=10, seed=0)[STAYS]
+
+    assert [cause.name for cause in verdict.causes] == ["the_state_is_sent_to_the_host"]

@@ -27,6 +27,7 @@ from tbptt_ref.faults import (
     FUSED_ADAM,
     FUSED_MOMENTUM,
     MOMENTUM,
+    ON_A_DEVICE,
     UNDER_PRECISION,
     Fault,
     Need,
@@ -322,7 +323,7 @@ def test_a_fault_overrides_seams_of_the_reference_and_little_else(fault: Fault) 
     overridden = {name for name, value in vars(fault.module).items() if inspect.isfunction(value)}
 
     assert overridden & SEAMS
-    assert overridden <= SEAMS | {"update", "validation_step"}
+    assert overridden <= SEAMS | {"update", "validation_step", "on_before_optimizer_step"}
 
 
 def test_every_fault_has_a_name_and_a_mistake_of_its_own() -> None:
@@ -337,7 +338,8 @@ def test_every_mistake_is_said_in_one_line() -> None:
 def test_every_broken_class_is_among_the_faults() -> None:
     classes = TruncatedRNN.__subclasses__()
 
-    known = (*FAULTS, *(fault for _, fault in UNDER_PRECISION), *AMONG_PROCESSES)
+    elsewhere = (*(fault for _, fault in UNDER_PRECISION), *AMONG_PROCESSES, *ON_A_DEVICE)
+    known = (*FAULTS, *elsewhere)
 
     assert {fault.module for fault in known} == {
         broken for broken in classes if broken.__module__.startswith("tbptt_ref.faults")

@@ -4,12 +4,14 @@ import ast
 import re
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
 import pages
 import pytest
+from hypothesis import settings
 from torch import nn
 from torch.nn.functional import mse_loss
 
@@ -150,7 +152,15 @@ def _a_readers_project(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "my_project", project)
 
 
-@pytest.mark.usefixtures("_a_readers_project")
+@pytest.fixture
+def _a_profile_of_its_own() -> Iterator[None]:
+    before = settings()
+    yield
+    settings.register_profile("as before", before)
+    settings.load_profile("as before")
+
+
+@pytest.mark.usefixtures("_a_readers_project", "_a_profile_of_its_own")
 @pytest.mark.parametrize("name", sorted(SNIPPETS.keys() - RUN_ELSEWHERE))
 def test_every_snippet_runs(name: str) -> None:
     told: dict[str, Any] = {"build": build, "tb": tb, "__name__": "snippet"}

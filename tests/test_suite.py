@@ -1,4 +1,5 @@
 import re
+import shutil
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -217,6 +218,34 @@ def test_where_nothing_is_to_be_random_all_items_still_judge_the_same_cases(
         settings.load_profile("as before")
 
     assert drawn[0] == drawn[1] == drawn[2] != built(pytester)
+
+
+DROPS_THE_TAIL = """
+    from tbptt_ref.faults_time import DropsTheTail
+
+    @tb.conformance()
+    def test_wrong(case):
+        return build(case, DropsTheTail)
+"""
+
+
+def test_what_one_machine_finds_broken_another_tries_first(pytester: pytest.Pytester) -> None:
+    """By the snippet of docs/devices.md; the smallest case of all does not show this mistake."""
+    page = (ROOT / "docs" / "devices.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"(?s)```python\n(# conftest.py.*?)```", page)
+    conftest = shown.replace("/mnt/shared", str(pytester.path / "shared"))
+    write(pytester, DROPS_THE_TAIL)
+    before, found = settings(), []
+    try:
+        for limit in ("", "max_examples=1, "):
+            pytester.makeconftest(conftest.replace("database=d", f"{limit}database=d"))
+            found += [*outcomes(pytester, "-k", "chunks_tile").values()]
+            shutil.rmtree(pytester.path / ".hypothesis")
+    finally:
+        settings.register_profile("as before", before)
+        settings.load_profile("as before")
+
+    assert found == ["failed", "failed"]
 
 
 def test_a_second_session_in_the_same_process_judges_anew(pytester: pytest.Pytester) -> None:
