@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
         "report": {"case", "editions", "kept", "record", "story", "strategies", "subject", "trace"},
         "strategies": {"case", "state"},
         "properties": {"byhand", "compare", "lines", "precision", "state", "trace"},
-        "evidence": {"compare", "state", "trace"},
+        "evidence": {"byhand", "compare", "state", "trace"},
         "causes": {"evidence", "trace"},
         "watch": {
             "aims",
