@@ -304,7 +304,7 @@ def first_chunk_is_left_out(seen: Evidence) -> bool:
 
     Try: start the loop at time step 0; a burn-in is promised by Contract(lengths=...)
     """
-    return _cut_as(seen, lambda cut: cut.due[1:])
+    return bool(seen.trace.chunks) and _cut_as(seen, lambda cut: cut.due[1:])
 
 
 def every_other_chunk_is_skipped(seen: Evidence) -> bool:
@@ -455,7 +455,9 @@ def last_target_of_each_chunk_is_lost(seen: Evidence) -> bool:
     """
     scored = [look.scored for look in seen.looks]
     lost = [bool(s) and not s[-1] and all(s[:-1]) for s in scored]
-    unfed = any(_cut_as(seen, functools.partial(_one_short, behind=n)) for n in (0, 1))
+    unfed = bool(seen.trace.chunks) and any(
+        _cut_as(seen, functools.partial(_one_short, behind=n)) for n in (0, 1)
+    )
     return unfed or (LOSS in seen.broken and bool(lost) and all(lost))
 
 
@@ -814,7 +816,7 @@ def no_backward_reaches_forward(seen: Evidence) -> bool:
 
     Try: self.manual_backward(loss), of a loss of the predictions as forward returned them
     """
-    return not seen.trace.chunks and not seen.error
+    return not seen.trace.chunks and not seen.error and seen.trace.updates > 0
 
 
 def backward_runs_again_on_one_graph(seen: Evidence) -> bool:
