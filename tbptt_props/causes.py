@@ -7,6 +7,7 @@ and nothing of the subject: neither its class nor its source.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import Counter
@@ -124,7 +125,11 @@ def state_is_one_chunk_late(seen: Evidence) -> bool:
     Try: hand on the state that forward returned just now, not the one kept before it
     """
     wrong = [look for look in seen.looks if look.carried]
-    second = {id(look) for before, look in pairwise(seen.looks) if before.chunk.starts_batch}
+    second = {
+        id(look)
+        for before, look in pairwise(seen.looks)
+        if before.chunk.starts_batch and not look.chunk.starts_batch
+    } | {id(look) for look in seen.looks[1:2]}
     late = ({"missing", "fresh"} if id(look) in second else {"older"} for look in wrong)
     return bool(wrong) and all(look.carried & due for look, due in zip(wrong, late, strict=True))
 
@@ -169,6 +174,30 @@ def parts_of_the_state_are_swapped(seen: Evidence) -> bool:
     return _carried_as(seen, "swapped")
 
 
+def one_part_of_the_state_stands_for_others(seen: Evidence) -> bool:
+    """One part of the state is handed on in place of another: h for c, one layer's for all.
+
+    Try: hand on each part as forward returned it: tuple(s.detach() for s in state)
+    """
+    return _carried_as(seen, "repeated")
+
+
+def state_stays_when_sequences_move(seen: Evidence) -> bool:
+    """Sequences change places between two chunks, and their states don't go with them.
+
+    Try: sort sequences once, before the first chunk, or index the state as the batch is indexed
+    """
+    return _carried_as(seen, "unmoved")
+
+
+def closure_moves_the_state(seen: Evidence) -> bool:
+    """A closure that is evaluated again starts from the state that its first evaluation ended in.
+
+    Try: have the closure start from the state before the chunk, and take the new one after the step
+    """
+    return any(look.repeats_differ for look in seen.looks)
+
+
 def state_is_carried_in_part(seen: Evidence) -> bool:
     """One part of the state is carried and another is not: an LSTM's state is (h, c).
 
@@ -182,7 +211,7 @@ def state_is_changed_on_the_way(seen: Evidence) -> bool:
 
     Try: carry what the chunk's own forward returned, detached and nothing else
     """
-    return _carried_as(seen, "otherwise")
+    return _carried_as(seen, "otherwise") and not closure_moves_the_state(seen)
 
 
 def state_outlives_its_batch(seen: Evidence) -> bool:
@@ -251,7 +280,7 @@ def cut_into_k_chunks(seen: Evidence) -> bool:
 
     Try: x.split(k, dim=1): chunk(k) and tensor_split(k) make k chunks, not chunks of k
     """
-    return _cut_as(seen, _k_chunks)
+    return _cut_as(seen, _k_chunks) or _cut_as(seen, _k_chunks_rounded_up)
 
 
 def first_chunk_is_one_too_long(seen: Evidence) -> bool:
@@ -260,6 +289,59 @@ def first_chunk_is_one_too_long(seen: Evidence) -> bool:
     Try: if (t + 1) % k == 0, with t counted from 0
     """
     return _cut_as(seen, lambda cut: _every_k(cut, first=cut.chunk + 1))
+
+
+def first_chunk_is_one_too_short(seen: Evidence) -> bool:
+    """The first cut comes after K - 1 time steps: it comes before the one that is counted.
+
+    Try: if t > 0 and t % k == 0 before time step t, or (t + 1) % k == 0 after it
+    """
+    return _cut_as(seen, lambda cut: _every_k(cut, first=max(1, cut.chunk - 1)))
+
+
+def first_chunk_is_left_out(seen: Evidence) -> bool:
+    """The first chunk of each batch is not trained on.
+
+    Try: start the loop at time step 0; a burn-in is promised by Contract(lengths=...)
+    """
+    return bool(seen.trace.chunks) and _cut_as(seen, lambda cut: cut.due[1:])
+
+
+def every_other_chunk_is_skipped(seen: Evidence) -> bool:
+    """Only every second chunk is trained on.
+
+    Try: for t in range(0, x.shape[1], k), not 2 * k
+    """
+    return _cut_as(seen, lambda cut: cut.due[::2])
+
+
+def windows_slide(seen: Evidence) -> bool:
+    """Chunks start at every time step: windows that slide by one, not by K.
+
+    Try: for t in range(0, x.shape[1], k); x.unfold(1, k, k), not x.unfold(1, k, 1)
+    """
+    return _cut_as(
+        seen,
+        lambda cut: [
+            (t, min(t + cut.chunk, cut.steps)) for t in range(max(1, cut.steps - cut.chunk + 1))
+        ],
+    )
+
+
+def each_batch_is_passed_again(seen: Evidence) -> bool:
+    """The loop goes over each batch's chunks several times.
+
+    Try: take the inner loop over epochs out; the Trainer has its own
+    """
+    return any(_cut_as(seen, lambda cut, n=n: cut.due * n) for n in (2, 3))  # type: ignore[misc]
+
+
+def cuts_go_on_from_the_batch_before(seen: Evidence) -> bool:
+    """Time steps are counted on from batch to batch, and cuts come where that count says.
+
+    Try: count from 0 in each batch
+    """
+    return _cut_as(seen, lambda cut: _counted_on(seen, cut))
 
 
 def chunks_overlap(seen: Evidence) -> bool:
@@ -373,7 +455,19 @@ def last_target_of_each_chunk_is_lost(seen: Evidence) -> bool:
     """
     scored = [look.scored for look in seen.looks]
     lost = [bool(s) and not s[-1] and all(s[:-1]) for s in scored]
-    return LOSS in seen.broken and bool(lost) and all(lost)
+    unfed = bool(seen.trace.chunks) and any(
+        _cut_as(seen, functools.partial(_one_short, behind=n)) for n in (0, 1)
+    )
+    return unfed or (LOSS in seen.broken and bool(lost) and all(lost))
+
+
+def targets_are_in_another_order(seen: Evidence) -> bool:
+    """The targets are the chunk's, but in another order than its predictions.
+
+    Try: flatten both alike, as in loss(prediction.flatten(0, 1), y.flatten(0, 1)) of two tensors
+    that both have sequences first, or both time; reverse neither
+    """
+    return LOSS in seen.broken and any(look.reordered for look in seen.looks)
 
 
 def only_the_last_time_step_is_scored(seen: Evidence) -> bool:
@@ -411,6 +505,27 @@ def gradients_are_cleared_before_the_update(seen: Evidence) -> bool:
     Try: optimizer.zero_grad(); self.manual_backward(loss); optimizer.step(), in this order
     """
     return _legal(seen) and any(look.cleared for look in seen.looks)
+
+
+def an_optimizer_makes_no_update(seen: Evidence) -> bool:
+    """Of several optimizers, one makes no update: it is not stepped, or what it has is frozen.
+
+    Try: step() of each optimizer in every chunk, and untoggle_optimizer after toggle_optimizer
+    """
+    return any(look.left_out for look in seen.looks)
+
+
+def the_last_group_gets_no_update(seen: Evidence) -> bool:
+    """Chunks share updates in groups, and the chunks behind the last full group get none.
+
+    Try: update after the last chunk of a batch as well, whatever its number
+    """
+    missed = [look.closes and not look.updates for look in seen.looks]
+    last = _last_of_each_batch(seen)
+    shared = any(not look.closes for look in seen.looks)
+    return (
+        any(missed) and shared and all(end for miss, end in zip(missed, last, strict=True) if miss)
+    )
 
 
 def no_update_is_made(seen: Evidence) -> bool:
@@ -456,7 +571,8 @@ def every_nth_chunk_gets_an_update(seen: Evidence) -> bool:
     first = seen.updates.index(1) if 1 in seen.updates else 0
     due = [int((i + 1) % (first + 1) == 0) for i in range(len(seen.updates))]
     regular = first > 0 and seen.updates == due
-    return seen.lacks_updates and regular and not _at_the_end_of_each_batch(seen)
+    another = _at_the_end_of_each_batch(seen) or the_last_group_gets_no_update(seen)
+    return seen.lacks_updates and regular and not another
 
 
 def one_update_per_batch(seen: Evidence) -> bool:
@@ -556,6 +672,23 @@ def gradients_are_scaled(seen: Evidence) -> bool:
     return GRADIENTS in seen.broken and not clips and len(factors) == 1 and factors != {1.0}
 
 
+def gradients_are_changed_on_the_way(seen: Evidence) -> bool:
+    """Something besides clipping changes gradients between backward and update: noise, say.
+
+    Try: leave parameter.grad alone, all of it or a part; the learning rates are the optimizer's
+    """
+    return any(look.altered for look in seen.looks) and not gradients_are_scaled(seen)
+
+
+def gradients_are_clipped_otherwise(seen: Evidence) -> bool:
+    """Gradients are clipped otherwise than promised: by another limit, or a part by itself.
+
+    Try: one call for all parameters of the optimizer, with the limit of the contract:
+    clip_grad_norm_(module.parameters(), limit), or self.clip_gradients(...)
+    """
+    return any(look.misclipped and not look.untouched for look in seen.looks)
+
+
 def clipping_misses_the_gradients(seen: Evidence) -> bool:
     """Clipping is promised, but comes too early or too late for the update.
 
@@ -639,7 +772,9 @@ def the_loss_is_another_one(seen: Evidence) -> bool:
     Try: Subject(..., loss=...) with the very loss of training_step, or that loss there
     """
     trained = [look for look in seen.looks if "backward" in look.events and look.due is not None]
-    return bool(trained) and all(math.isnan(look.ratio) for look in trained)
+    another = [math.isnan(look.ratio) for look in trained]  # a mask may make it so in some chunks
+    own = [is_near(look.ratio, 1.0) for look in trained]
+    return any(another) and all(a or b for a, b in zip(another, own, strict=True))
 
 
 def loss_is_a_sum(seen: Evidence) -> bool:
@@ -686,6 +821,24 @@ def graphs_are_kept(seen: Evidence) -> bool:
     return GONE in seen.broken and not any(look.leaks for look in seen.looks)
 
 
+def no_backward_reaches_forward(seen: Evidence) -> bool:
+    """No backward comes to what forward predicted: there is none, or predictions are detached.
+
+    Try: self.manual_backward(loss), of a loss of the predictions as forward returned them
+    """
+    return not seen.trace.chunks and not seen.error and seen.trace.updates > 0
+
+
+def backward_runs_again_on_one_graph(seen: Evidence) -> bool:
+    """A second backward runs on a chunk's graph, which the first one freed.
+
+    Try: one backward a chunk: of the sum of its losses, and none by hand of a loss that
+    training_step returns
+    """
+    again = "backward through the graph a second time" in seen.error
+    return again and bool(seen.looks) and not any(look.leaks for look in seen.looks)
+
+
 def the_batch_is_overwritten(seen: Evidence) -> bool:
     """An operation in place writes into the batch.
 
@@ -707,7 +860,8 @@ def validation_leaves_its_traces(seen: Evidence) -> bool:
 
     Try: reset the state at the start of each batch, or put it aside for as long as validation runs
     """
-    return seen.trace.validated
+    wrong = _carried_wrongly(seen)
+    return seen.trace.validated and (not any(wrong) or _after_validation(seen, wrong))
 
 
 def eval_mode_is_left_on(seen: Evidence) -> bool:
@@ -750,7 +904,20 @@ def short_sequences_are_refused(seen: Evidence) -> bool:
 # What fingerprints look for ---------------------------------------------------------------------
 
 
+def _carried_wrongly(seen: Evidence) -> list[bool]:
+    return [bool(look.carried) for look in seen.looks]
+
+
+def _after_validation(seen: Evidence, wrong: Sequence[bool]) -> bool:
+    """Tell whether a state is wrong in the chunk after a validation, and nowhere else."""
+    last = max((look.chunk.batch for look in seen.looks), default=0)
+    after = [look.chunk.starts_batch and look.chunk.batch == last > 0 for look in seen.looks]
+    return seen.trace.validated and list(wrong) == after
+
+
 def _carried_as(seen: Evidence, way: str) -> bool:
+    if _after_validation(seen, _carried_wrongly(seen)):
+        return False
     return _all(way, [look.carried for look in seen.looks if look.carried])
 
 
@@ -791,7 +958,8 @@ def _cut_as(seen: Evidence, mistake: Callable[[Cut], list[Span]]) -> bool:
 
 
 def _is_cut_so(seen: Evidence, cut: Cut, spans: Sequence[Span], last: int) -> bool:
-    found = [chunk.span for chunk in seen.trace.chunks if chunk.batch == cut.batch]
+    chunks = [chunk for chunk in seen.trace.chunks if chunk.batch == cut.batch]
+    found = [span for chunk in chunks for span in chunk.cut_as(cut.due)]
     halted = bool(seen.error) and cut.batch == last
     return found == list(spans[: len(found)] if halted else spans)
 
@@ -805,6 +973,23 @@ def _cuts(seen: Evidence) -> Iterator[Cut]:
 
 def _length(span: Span | None) -> int:
     return span[1] - span[0] if span else 0
+
+
+def _one_short(cut: Cut, behind: int) -> list[Span]:
+    """Return chunks without their last time step, of a sequence with `behind` targets more."""
+    ends = [(t, min(t + cut.chunk, cut.steps + behind) - 1) for t in range(0, cut.steps, cut.chunk)]
+    return [(start, stop) for start, stop in ends if stop > start]
+
+
+def _counted_on(seen: Evidence, cut: Cut) -> list[Span]:
+    before = sum(steps for _, steps in seen.trace.sizes[: cut.batch])
+    return _every_k(cut, first=cut.chunk - before % cut.chunk)
+
+
+def _k_chunks_rounded_up(cut: Cut) -> list[Span]:
+    """Return what torch.chunk makes: as many pieces as fit, all but the last of one length."""
+    size = -(-cut.steps // cut.chunk)
+    return [(t, min(t + size, cut.steps)) for t in range(0, cut.steps, size)]
 
 
 def _spans_of(lengths: Iterable[int]) -> list[Span]:
@@ -966,9 +1151,11 @@ FINGERPRINTS: tuple[Group, ...] = (
             state_changes_its_type,
             short_sequences_are_refused,
             something_is_on_another_device,
+            backward_runs_again_on_one_graph,
         ),
     ),
     ((ONCE, MANUAL), (the_scaler_is_gone_round,)),
+    ((TILE, LEARNS), (no_backward_reaches_forward,)),
     ((TILE, GRADIENTS, ORDER, ONCE, MANUAL), (automatic_optimization_is_on,)),
     ((CUT, GONE, GRADIENTS), (state_is_detached_in_part, state_is_not_detached)),
     ((CUT, GONE, GRADIENTS, LOSS), (losses_are_summed, cast_weights_are_kept)),
@@ -985,7 +1172,10 @@ FINGERPRINTS: tuple[Group, ...] = (
             state_is_one_chunk_late,
             state_is_never_renewed,
             parts_of_the_state_are_swapped,
+            one_part_of_the_state_stands_for_others,
             state_is_carried_in_part,
+            state_stays_when_sequences_move,
+            closure_moves_the_state,
             state_is_rounded,
             state_is_scaled,
             state_is_rearranged,
@@ -1009,6 +1199,12 @@ FINGERPRINTS: tuple[Group, ...] = (
             the_sequence_is_never_cut,
             only_the_first_batch_is_cut,
             first_chunk_is_one_too_long,
+            first_chunk_is_one_too_short,
+            first_chunk_is_left_out,
+            every_other_chunk_is_skipped,
+            windows_slide,
+            each_batch_is_passed_again,
+            cuts_go_on_from_the_batch_before,
             chunks_overlap,
             a_time_step_between_chunks_is_skipped,
             cut_along_the_batch,
@@ -1029,6 +1225,7 @@ FINGERPRINTS: tuple[Group, ...] = (
     (
         (LOSS,),
         (
+            targets_are_in_another_order,
             backward_is_called_twice,
             loss_is_a_sum,
             loss_is_divided_by_the_number_of_chunks,
@@ -1047,13 +1244,30 @@ FINGERPRINTS: tuple[Group, ...] = (
             gradients_are_cleared_before_the_update,
             one_update_per_batch,
             every_nth_chunk_gets_an_update,
+            the_last_group_gets_no_update,
         ),
     ),
-    ((ONCE,), (one_backward_per_batch, tail_gets_no_update, two_updates_are_made)),
+    (
+        (ONCE,),
+        (
+            one_backward_per_batch,
+            tail_gets_no_update,
+            two_updates_are_made,
+            an_optimizer_makes_no_update,
+        ),
+    ),
     ((ONCE, MOVES), (parameters_are_updated_by_hand,)),
     ((ONCE,), (no_update_is_made,)),
     ((MOVES,), (parameters_are_moved_besides,)),
-    ((GRADIENTS,), (clipping_misses_the_gradients, gradients_are_scaled)),
+    (
+        (GRADIENTS,),
+        (
+            clipping_misses_the_gradients,
+            gradients_are_clipped_otherwise,
+            gradients_are_scaled,
+            gradients_are_changed_on_the_way,
+        ),
+    ),
     ((RULE, COUNTED), (optimizer_is_made_anew,)),
     ((RULE,), (optimizer_forgets,)),
     ((COUNTED,), (update_goes_past_lightning,)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypedDict
@@ -215,6 +215,30 @@ def scaling(gradients: Tensors, handed: Tensors) -> tuple[float, float]:
     if not bool(before.any()) or not _scaled_down(before, after):
         return 1.0, 0.0
     return float(after.norm() / before.norm()), float(after.norm())
+
+
+def scalings(gradients: Tensors, handed: Tensors) -> dict[str, tuple[float, float]]:
+    """Return of each gradient that was shrunk by one factor which it was, and its norm after it."""
+    pairs = {name: (gradients[name], g) for name, g in handed.items() if name in gradients}
+    return {
+        name: (float(after.norm() / before.norm()), float(after.norm()))
+        for name, (before, after) in pairs.items()
+        if not same(before, after) and bool(before.any()) and _scaled_down(before, after)
+    }
+
+
+def scaled_alike(
+    shrunk: Mapping[str, tuple[float, float]], before: Mapping[str, tuple[float, float]]
+) -> str | None:
+    """Name a gradient that was shrunk by one factor twice, from norms that differ.
+
+    Clipping shrinks by what the norm asks for.
+    """
+    for name, (factor, norm) in shrunk.items():
+        other_factor, other_norm = before.get(name, (1.0, norm))
+        if abs(factor - other_factor) < 1e-6 * factor and abs(norm - other_norm) > 1e-3 * norm:
+            return name
+    return None
 
 
 def clipped(

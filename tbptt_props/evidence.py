@@ -9,15 +9,16 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tbptt_props.compare import close, same, same_leaves
+from tbptt_props.byhand import BY_HAND
+from tbptt_props.compare import clipped, close, is_clipped, same, same_leaves, scaled_alike
 from tbptt_props.state import leaves
 from tbptt_props.trace import (
     Chunk,
@@ -66,6 +67,11 @@ class Look:
     rates: frozenset[float]  # learning rates
     another_optimizer: bool  # made the update than the one before
     remembers: bool  # the optimizer had a memory to go by
+    left_out: bool = False  # of several optimizers, one made no update
+    repeats_differ: bool = False  # a closure evaluated again started from another state
+    reordered: bool = False  # the loss is that of the targets in another order
+    altered: bool = False  # something besides clipping changed gradients before the update
+    misclipped: bool = False  # clipping is promised, and gradients are not clipped so
     autocast: str = ""  # the dtype to which products were rounded, if they were
     keeps_casts: bool = False  # weights are rounded once, and kept so
 
@@ -111,7 +117,8 @@ class Looking:
     looks: list[Look] = field(default_factory=list)
     initial: Tensors = field(default_factory=dict)  # the state in which the run began
     ends: list[Tensors] = field(default_factory=list)  # of a batch: first, last but one, last
-    optimizer: weakref.ref[Any] | None = None
+    optimizers: list[weakref.ref[Any]] = field(default_factory=list)  # that made updates
+    shrunk: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # in the chunk before
     left: Tensors = field(default_factory=dict)  # parameters, where the run is of one chunk
 
     def at(self, link: Link, *, alone: bool) -> None:
@@ -124,17 +131,21 @@ class Looking:
         if not self.looks:
             self.initial = leaves(link.chunk.given.state)
         carried = _carried(link, self.ends, self.initial)
-        self.looks.append(_look(link, carried, another=self._another(outcome.rules)))
+        altered = _altered(link) or scaled_alike(outcome.shrunk, self.shrunk) is not None
+        self.shrunk = outcome.shrunk
+        look = _look(link, carried, another=self._another(outcome.rules))
+        self.looks.append(replace(look, altered=altered and not look.cleared))
         state = leaves(outcome.states[-1]) if outcome.states else {}
         self.ends = [*self.ends[:1], *self.ends[1:][-1:], state]
         self.left = _left(link) if alone else {}
 
     def _another(self, rules: Sequence[Rule]) -> bool:
-        """Tell whether another optimizer made the update than the one before."""
-        before = self.optimizer
-        if rules:
-            self.optimizer = weakref.ref(rules[-1].optimizer)
-        return before is not None and bool(rules) and before() is not rules[-1].optimizer
+        """Tell whether another optimizer made the update than those before."""
+        known = {id(optimizer) for made in self.optimizers if (optimizer := made()) is not None}
+        new = [rule.optimizer for rule in rules if id(rule.optimizer) not in known]
+        another = bool(self.optimizers and rules) and len(new) == len(rules)
+        self.optimizers += [weakref.ref(optimizer) for optimizer in new]
+        return another
 
     def evidence(self, trace: Trace, broken: Iterable[str], chunk: int) -> Evidence:
         """Sum up what was seen of the run."""
@@ -168,7 +179,7 @@ def _look(link: Link, carried: frozenset[str], *, another: bool) -> Look:
         calls=len(chunk.given.calls),
         events=_events(outcome),
         updates=max(Counter(id(rule.optimizer) for rule in outcome.rules).values(), default=0),
-        closes=link.closes,
+        closes=link.closes and not outcome.halted,
         dirty=frozenset(outcome.dirty) & owned if link.opens else frozenset(),
         graded=graded,
         ungraded=(chunk.given.trainable & owned) - graded,
@@ -190,20 +201,39 @@ def _look(link: Link, carried: frozenset[str], *, another: bool) -> Look:
         rates=frozenset(float(g["lr"]) for r in outcome.rules for g in r.groups if "lr" in g),
         another_optimizer=another,
         remembers=any(memory for rule in outcome.rules for memory in rule.memory.values()),
+        left_out=_left_out(outcome) and not outcome.halted,
+        repeats_differ=any(
+            not same_leaves(leaves(state), leaves(chunk.given.calls[0].state))
+            for state in chunk.given.repeats
+        ),
+        reordered=due.reordered,
+        misclipped=link.contract.clips and any(_misclipped(link, rule) for rule in outcome.rules),
         autocast=str(chunk.given.autocast or ""),
         keeps_casts=chunk.given.keeps_casts,
     )
 
 
 def _ratio(outcome: Outcome, due: Expected, share: float) -> float:
-    """Return the factor between the loss and the one that is due; 1 where none is known."""
-    if not due.loss:
-        return 1.0
+    """Return the factor between the loss and the one that is due; 1 where that is not known."""
+    if not due.loss:  # nothing is due of a chunk that is all padding, say
+        return math.nan if due.loss is not None and outcome.loss else 1.0
     ratio = outcome.loss / (share * due.loss)
-    slopes = zip(outcome.cotangents, due.cotangents, strict=False)
-    factor = ratio * share
-    alike = (one is None or other is None or close(one, other * factor) for one, other in slopes)
-    return ratio if all(alike) else math.nan
+    slopes = [
+        (one, share * other)
+        for one, other in zip(outcome.cotangents, due.cotangents, strict=False)
+        if one is not None and other is not None
+    ]
+    by_slopes = [_factor(one, other) for one, other in slopes]
+    # backward(gradient=...) scales the slopes alone, and leaves the loss as it was.
+    for factor in (ratio, *by_slopes[: is_near(ratio, 1.0)]):
+        if all(close(one, other * factor) for one, other in slopes):
+            return factor
+    return math.nan
+
+
+def _factor(one: Tensor, other: Tensor) -> float:
+    norm = float(other.norm())
+    return float(one.norm()) / norm if norm else math.nan
 
 
 def _events(outcome: Outcome) -> tuple[str, ...]:
@@ -221,6 +251,32 @@ def _untouched(rule: Rule, outcome: Outcome) -> bool:
     return all(n in outcome.met and same(g, outcome.met[n]) for n, g in rule.handed.items())
 
 
+def _left_out(outcome: Outcome) -> bool:
+    updated = {name for rule in outcome.rules for name in rule.handed}
+    owned = [names for names in outcome.optimizers if names]
+    return bool(updated) and len(owned) > 1 and any(not names & updated for names in owned)
+
+
+def _altered(link: Link) -> bool:
+    """Tell whether gradients were changed before an update as no clipping changes them."""
+    outcome = link.chunk.outcome
+    assert outcome is not None
+    return not link.contract.clips and any(
+        rule.optimizer is not BY_HAND
+        and not _untouched(rule, outcome)
+        and not is_clipped(outcome.met, rule.handed)
+        for rule in outcome.rules
+    )
+
+
+def _misclipped(link: Link, rule: Rule) -> bool:
+    assert link.chunk.outcome is not None
+    met, contract = link.chunk.outcome.met, link.contract
+    left = {name: met[name] for name in rule.handed if name in met}
+    due = clipped(left, norm=contract.clip_norm, value=contract.clip_value, met=rule.handed)
+    return any(not close(rule.handed[name], g) for name, g in due.items())
+
+
 def _scored(chunk: Chunk, outcome: Outcome) -> tuple[bool, ...]:
     """Tell of each time step whether the loss depends on its prediction; () where unknown."""
     time = time_dimension(chunk)
@@ -234,21 +290,89 @@ def _carried(link: Link, ends: Sequence[Tensors], initial: Tensors) -> frozenset
     """Say in which ways the incoming state may have come from what was due; none if it is that."""
     assert link.chunk.given is not None
     found, due = leaves(link.chunk.given.state), ends[-1] if ends else {}
-    if not due or same_leaves(found, due) or _may_differ(link):
+    if _goes_back(link):
         return frozenset()
+    if due and _has_moved(link):
+        return frozenset({"unmoved"} if same_leaves(found, due) else ())
+    if not due or same_leaves(found, due) or _may_be_fresh(link, found, due, initial):
+        return _carried_by_calls(link, initial)
+    return _ways(link, found, due, {"fresh": initial, **_older(ends)})
+
+
+def _older(ends: Sequence[Tensors]) -> dict[str, Tensors]:
+    return {"first": ends[0], "older": ends[-2]} if ends[1:] else {}
+
+
+def _carried_by_calls(link: Link, initial: Tensors) -> frozenset[str]:
+    """Say how the state that a call starts from differs from that of the call before it."""
+    assert link.chunk.given is not None
+    if link.chunk.turns:  # each call is of sequences of its own
+        return frozenset()
+    for before, call in pairwise(link.chunk.given.calls):
+        found, due = leaves(call.state), leaves(before.state_after)
+        if due and not call.attached and not same_leaves(found, due):
+            return _ways(link, found, due, {"fresh": initial})
+    return frozenset()
+
+
+def _ways(link: Link, found: Tensors, due: Tensors, known: Mapping[str, Tensors]) -> frozenset[str]:
+    assert link.chunk.given is not None
     if not found:
         return frozenset({"missing"})
-    known = {"fresh": initial, **({"first": ends[0], "older": ends[-2]} if ends[1:] else {})}
     ways = {name for name, way in WAYS.items() if _fits(way, found, due)}
     ways |= {name for name, state in known.items() if same_leaves(found, state)}
+    given = link.chunk.given
+    if _made_of(found, [given.parameters[name] for name in given.feeding]):
+        ways.add("fresh")  # a learned start, as it is by now
+    if len(found) < len(due) and all(any(same(f, d) for d in due.values()) for f in found.values()):
+        ways.add("in part")
     return frozenset(ways or {"otherwise"})
 
 
-def _may_differ(link: Link) -> bool:
-    """Tell whether rows of the state may start afresh or have changed places, as they should."""
+def _made_of(found: Tensors, parameters: Sequence[Tensor]) -> bool:
+    """Tell whether each row of a state is one of a parameter's, and not all are zero."""
+    rows = [p.reshape(-1, p.shape[-1]) for p in parameters if p.dim() and p.numel()]
+    own = _rows(found.values())
+    some = any(bool(row.any()) for row in own)
+    return some and all(
+        any(row.shape == r.shape[1:] and bool((r == row).all(dim=1).any()) for r in rows)
+        for row in own
+    )
+
+
+def _rows(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [row for t in tensors if t.dim() and t.numel() for row in t.reshape(-1, t.shape[-1])]
+
+
+def _goes_back(link: Link) -> bool:
+    """Tell whether the chunk begins its batch once more."""
+    before, chunk = link.before, link.chunk
+    again = before is not None and before.batch == chunk.batch
+    return again and chunk.span is not None and chunk.span[0] == 0
+
+
+def _has_moved(link: Link) -> bool:
+    """Tell whether sequences changed places, or only some of them go on."""
     before = link.before.lanes if link.before else ()
-    moved = bool(before and link.chunk.lanes) and before != link.chunk.lanes
-    return moved or link.contract.carry == "flagged"
+    return bool(before and link.chunk.lanes) and before != link.chunk.lanes
+
+
+def _may_be_fresh(link: Link, found: Tensors, due: Tensors, initial: Tensors) -> bool:
+    """Tell whether each row of the state goes on or starts afresh, where flags may say so."""
+    if link.contract.carry != "flagged":
+        return False
+    if not found:
+        return True
+    fresh = _rows(initial.values())
+    return len(found) == len(due) and all(
+        one.shape == other.shape
+        and one.dim() > 0
+        and all(
+            same(row, before) or not bool(row.any()) or any(same(row, start) for start in fresh)
+            for row, before in zip(_rows([one]), _rows([other]), strict=True)
+        )
+        for one, other in zip(found.values(), due.values(), strict=True)
+    )
 
 
 Pairs = Sequence[tuple[Tensor, Tensor]]  # of what was found and what was due, part by part
@@ -270,6 +394,13 @@ def _in_part(pairs: Pairs) -> bool:
     kept = [same(found, due) for found, due in pairs]
     lost = [not bool(found.any()) for found, _ in pairs]
     return any(kept) and all(a or b for a, b in zip(kept, lost, strict=True))
+
+
+def _repeated(pairs: Pairs) -> bool:
+    """Tell whether each part is one of those due, and some of them twice."""
+    sources = [[i for i, (_, due) in enumerate(pairs) if same(found, due)] for found, _ in pairs]
+    used = {source[0] for source in sources if source}
+    return all(sources) and not _zeros(pairs) and len(used) < len(pairs)
 
 
 def _swapped(pairs: Pairs) -> bool:
@@ -303,6 +434,7 @@ WAYS: dict[str, Callable[[Pairs], bool]] = {
     "fresh": _zeros,
     "in part": _in_part,
     "swapped": _swapped,
+    "repeated": _repeated,
     "rearranged": _rearranged,
     "rounded": _rounded,
     "scaled": _scaled,

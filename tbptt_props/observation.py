@@ -112,7 +112,7 @@ def run(fresh: Fresh, case: Case, hand_on: Callable[[Chunk], None]) -> Trace:
         error = watch.watchdog.over(lambda: train(subject, copies, watch, validation=validation))
         halt = _halt(error, watch)
         error = None  # its traceback holds the loop's frames, and with them its graphs
-        watch.finished()
+        watch.finished(halted=halt is not None)
     if watch.problem is not None:
         raise watch.problem
     _refuse_float16(subject, halt)

@@ -26,6 +26,7 @@ from tbptt_props.compare import (
     near_slope,
     same,
     same_leaves,
+    scaled_alike,
     worst,
 )
 from tbptt_props.lines import shown
@@ -60,9 +61,11 @@ ELSEWHERE = (
     "something was made on another device than the inputs: torch.zeros(..., device=x.device)"
 )
 
+UNDETACHED = "something of an earlier chunk was not detached"
+
 # What an error of torch's means in a loop over chunks.
 REASONS = {
-    "backward through the graph a second time": "something of an earlier chunk was not detached",
+    "backward through the graph a second time": UNDETACHED,
     "modified by an inplace operation": "an update came between a forward and its backward, or "
     "something of an earlier chunk was not detached",
     "same device": ELSEWHERE,
@@ -80,6 +83,8 @@ def training_reaches_the_end(trace: Trace) -> Iterator[Finding]:
     """Training goes through all its batches without raising."""
     if trace.halt:
         reason = next((why for words, why in REASONS.items() if words in trace.halt.error), "")
+        if reason == UNDETACHED and len(trace.chunks) == 1:
+            reason = "a backward of the same chunk was there before"
         found = f"raised {trace.halt.error}{f' ({reason})' if reason else ''}"
         at = f" at {trace.halt.line}" if trace.halt.line else ""
         yield Violation(trace.halt.after, found + at, "trained to the end")
@@ -176,6 +181,9 @@ def state_crosses_every_boundary(link: Link) -> Iterator[Finding]:
         return
     if link.chunk.reworked or before.reworked:
         yield NotJudged(REWORKED)
+        return
+    if _goes_back(before, link.chunk):
+        yield NotJudged("chunks in the order of time: this one goes back to a batch's beginning")
         return
     assert before.outcome is not None
     ended_in = [leaves(state) for state in before.outcome.states]
@@ -357,8 +365,8 @@ def each_chunk_updates_once(link: Link) -> Iterator[Finding]:
     if not outcome.complete:
         yield NotJudged("a backward that comes to its end")
         return
-    pieces = link.chunk.pieces
-    together = len(pieces) > 1 and {start for start, _ in pieces} <= link.starts
+    pieces = link.chunk.cut_as(link.plan) if link.contract.planned else link.chunk.pieces
+    together = len(pieces) > 1 and {span[0] for span in pieces if span} <= link.starts
     if together and not link.contract.adds_up:
         yield Violation(f"{link.chunk}, updates", f"1 for the chunks {_listed(pieces)}", "1 each")
         return
@@ -367,10 +375,14 @@ def each_chunk_updates_once(link: Link) -> Iterator[Finding]:
         for count in sorted({*counts.values()}):
             yield Violation(f"{link.chunk}, updates", str(count), "0, for more chunks share it")
         return
+    updated = _updated(outcome)
+    left_out = [i for i, owned in enumerate(outcome.optimizers) if owned and not owned & updated]
+    if outcome.halted and (left_out or not counts):
+        yield NotJudged("a chunk that training comes to the end of")
+        return
     if counts:
-        for i, parameters in enumerate(outcome.optimizers):
-            if parameters and not parameters & _updated(outcome):
-                yield Violation(f"{link.chunk}, updates of optimizer {i}", "0", "1")
+        for i in left_out:
+            yield Violation(f"{link.chunk}, updates of optimizer {i}", "0", "1")
     elif outcome.idle or overflowed(link.chunk):
         yield NotJudged(outcome.idle or SKIPPED)
         return
@@ -440,7 +452,7 @@ def _tiles(
 ) -> Iterator[Finding]:
     prefix = f"batch {batch}, " if batch else ""
     padding = trace.padding[batch] if trace.padding else frozenset()
-    found = [span for chunk in chunks for span in _spans(chunk, due)]
+    found = [span for chunk in chunks for span in chunk.cut_as(due)]
     if found == (without := _without_padding(due, trace.sizes[batch], padding)):
         due = without  # nothing is due where every sequence is over
     if found != list(due):
@@ -475,13 +487,6 @@ def _as_drawn(chunks: Sequence[Chunk], whole: Sequence[Span], halted: bool) -> S
     stops = [0, *(stop for _, stop in found)]
     follow = all(start == stop for (start, _), stop in zip(found, stops, strict=False))
     return found if follow and (halted or stops[-1] == whole[-1][1]) else whole
-
-
-def _spans(chunk: Chunk, due: Sequence[Span]) -> Sequence[Span | None]:
-    """Return the chunk's time steps, or its pieces' where it was cut just where it should be."""
-    starts = {start for start, _ in due}
-    cut = len(chunk.pieces) > 1 and all(start in starts for start, _ in chunk.pieces)
-    return chunk.pieces if cut else [chunk.span]
 
 
 def _accounted(
@@ -551,6 +556,11 @@ def _ends_alike(rerun: Rerun, *, bitwise: bool) -> Iterator[Finding]:
 
 
 # States -------------------------------------------------------------------------------------
+
+
+def _goes_back(before: Chunk, chunk: Chunk) -> bool:
+    """Tell whether a chunk begins its batch once more, as a second pass over it does."""
+    return before.batch == chunk.batch and chunk.span is not None and chunk.span[0] == 0
 
 
 def _beside(chunk: Chunk, other: Chunk) -> str:
@@ -816,6 +826,12 @@ def _changed_on_the_way(link: Link) -> Iterator[Finding]:
             found = f"scaled by {factor:.6g}, to norm {norm:.6g} after norm {other_norm:.6g}"
             yield Violation(where, found, "as backward left them, or clipped to one norm")
             return
+    shrunk_before = link.before.outcome.shrunk if link.before and link.before.outcome else {}
+    if not contract.clips and (name := scaled_alike(outcome.shrunk, shrunk_before)):
+        found = f"scaled by {outcome.shrunk[name][0]:.6g}, as in the chunk before"
+        where = f"{link.chunk}, gradient of {name} at the update"
+        yield Violation(where, found, "as backward left it, or clipped")
+        return
     promised = contract.clips
     for rule in outcome.rules:
         if rule.optimizer is BY_HAND:  # what it met is not known

@@ -119,6 +119,7 @@ def _rederived(
         mixed=_mixed(subject, chunk, given) if mixing else None,
         partial=subject.loss is None,
     )
+    expected = replace(expected, reordered=_is_reordered(subject, given, again, outcome.loss))
     expected = _with_slopes(expected, subject, given, again, wanted=slope)
     del again  # its gradients are many parameters long, and so are those of the update
     parameters, rule_missing = _updated(outcome, subject.module)
@@ -539,6 +540,29 @@ def _side_by_side(predictions: Sequence[Tensor], target: Any) -> Tensor:
         if first.shape[:2] == (predictions[0].shape[0], second):
             return torch.cat(list(predictions), dim=1)
     return torch.cat(list(predictions))
+
+
+@torch.no_grad()
+def _is_reordered(subject: Subject, given: Given, again: _Again, found: float) -> bool:
+    """Tell whether the loss is that of the targets in another order: turned, or laid out so."""
+    target = given.target
+    if again.loss is None or not isinstance(target, Tensor) or target.dim() < 2:
+        return False
+    if given.context or near(float(again.loss), found):
+        return False
+    turned = (
+        target.flip(1),
+        target.flip(0),
+        target.roll(1, 0),
+        target.roll(-1, 0),
+        target.transpose(0, 1).reshape(target.shape),
+        target.reshape(target.shape[1], target.shape[0], *target.shape[2:]).transpose(0, 1),
+    )
+    others = (replace(given, target=other) for other in turned if not same(other, target))
+    return any(
+        near(float(_as_trained(subject, other, again.predictions, again.form)), found)
+        for other in others
+    )
 
 
 def _behind(context: int, predictions: Sequence[Tensor], target: Any) -> list[Tensor]:

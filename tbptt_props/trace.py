@@ -6,7 +6,7 @@ Shapes: B sequences, T time steps, K time steps in a chunk, I inputs, O outputs.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -168,10 +168,12 @@ class Outcome:
     backward_through_lightning: bool | None = None  # None: not trained by Lightning
     in_training_mode: bool = True
     scaled: tuple[tuple[float, float], ...] = ()  # by what, to which norm, before each update
+    shrunk: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # of each gradient
     optimizers: tuple[frozenset[str], ...] = ()  # parameters of each that is known to train
     randomness: Any = None  # of torch, before forward
     drew: bool = True  # forward took some of it
     complete: bool = True  # backward came to its end
+    halted: bool = False  # training raised before the next chunk, and before the batch's end
     standing: Tensors = field(default_factory=dict)  # gradients of chunks that share the update
     left: Tensors = field(default_factory=dict)  # those and this chunk's, as backward left them
     returned: bool = False  # gradients were handed back to the loop, which left them nowhere
@@ -216,6 +218,26 @@ class Chunk:
         batch = f"batch {self.batch}, " if self.batch else ""
         return f"{batch}time steps {spanned(self.span)}"
 
+    def cut_as(self, due: Sequence[Span]) -> Sequence[Span | None]:
+        """Return the chunk's time steps, or its pieces' where one backward ran over several.
+
+        Pieces that cut a chunk that is due once more are taken as that chunk.
+        """
+        starts = [start for start, _ in self.pieces]
+        whole = self.span is not None and len(starts) > 1 and self._is_in_pieces()
+        if not whole or self.span is None:
+            return [self.span]
+        first, last = self.span
+        within = [(start, stop) for start, stop in due if first <= start and stop <= last]
+        if {start for start, _ in within} <= {*starts} and within and within[-1][1] == last:
+            return within
+        return self.pieces
+
+    def _is_in_pieces(self) -> bool:
+        """Tell whether the pieces follow each other from the first time step to the last."""
+        ends = [end for piece in self.pieces for end in piece]
+        return self.span == (ends[0], ends[-1]) and ends[1:-1:2] == ends[2::2]
+
     def light(self) -> Chunk:
         """Return the chunk with no more than the next one is held against: its states."""
         if self.outcome is None:
@@ -252,6 +274,7 @@ class Expected:
     slope_unclear: str = ""  # why the slope from values can't be relied upon
     missing: str = ""  # why nothing could be rederived
     rule_missing: str = ""  # why the update could not be repeated
+    reordered: bool = False  # it explains the loss that the targets stand in another order
     state_matters: bool | None = None  # the incoming state has an effect; None: there is none
     draws: bool = False  # forward draws random numbers
     partial: bool = False  # no loss is known: gradients only of what the forward calls use
@@ -280,6 +303,8 @@ class Link:
     @property
     def closes(self) -> bool:
         """Whether an update is due after the chunk."""
+        if self.contract.update == "batch" and self.chunk.span and self.plan:
+            return self.chunk.span[1] >= self.plan[-1][1]  # be it cut otherwise than promised
         last = self.chunk.index + max(1, len(self.chunk.pieces)) - 1
         if self.contract.updates_after(last, len(self.plan), self.chunk.batch):
             return True

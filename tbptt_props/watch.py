@@ -33,7 +33,7 @@ from torch.optim.optimizer import (
 from tbptt_props.aims import targets_of
 from tbptt_props.batch import Batch
 from tbptt_props.byhand import BY_HAND, Rate
-from tbptt_props.compare import difference, same, scaling
+from tbptt_props.compare import difference, same, scaling, scalings
 from tbptt_props.device import drawn
 from tbptt_props.forward import Arguments, Forward
 from tbptt_props.graph import (
@@ -215,6 +215,7 @@ class Watch:
         self.steps: list[tuple[object, Optimizer, list[Rule]]] = []  # optimizer steps under way
         self.graphs: list[tuple[str, list[weakref.ref[_Canary]]]] = []
         self.outlived: list[str] = []
+        self.halted = False
         self.watched = 0
         self.ended: tuple[int, int, Call] | None = None  # the last chunk: batch, calls, the last
         self.rates: list[float] = []  # of updates, in their order
@@ -292,11 +293,12 @@ class Watch:
         """Note that Lightning is about to run backward on `loss`."""
         self.announced.append(id(loss))
 
-    def finished(self) -> None:
-        """Note that training is over, in whatever way."""
+    def finished(self, *, halted: bool = False) -> None:
+        """Note that training is over, in whatever way; `halted` if it raised."""
         with self._own_code():
             self._note_update_by_hand()
         self._drop_open_calls()
+        self.halted = halted
         self._close_current()
 
     def training_begun(self, training: Training) -> None:
@@ -1191,7 +1193,8 @@ class Watch:
             self.watched += 1
             self.trained.add((live.batch, live.calls[0].snapshot.trainable))
             del live, last
-            self._note_graphs(allowed=1)
+            if not self.halted:  # what was under way when training raised is still held
+                self._note_graphs(allowed=1)
             self.busy = True
             try:
                 self.hand_on(chunk)
@@ -1284,7 +1287,13 @@ class Watch:
                 ),
                 randomness=first.snapshot.randomness[0],
                 drew=any(call.drew for call in live.calls),
+                shrunk={
+                    name: found
+                    for rule in live.rules
+                    for name, found in scalings(live.left or live.gradients, rule.handed).items()
+                },
                 complete=live.complete,
+                halted=self.halted,
                 standing=live.standing,
                 left=live.left,
                 returned=live.returned,

@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
         "report": {"case", "editions", "kept", "record", "story", "strategies", "subject", "trace"},
         "strategies": {"case", "state"},
         "properties": {"byhand", "compare", "lines", "precision", "state", "trace"},
-        "evidence": {"compare", "state", "trace"},
+        "evidence": {"byhand", "compare", "state", "trace"},
         "causes": {"evidence", "trace"},
         "miswired": {"batch", "compare", "layout", "state", "subject", "trace"},
         "watch": {

@@ -557,7 +557,7 @@ def test_one_backward_over_all_chunks_still_tiles_if_it_was_cut_where_it_should_
 
     assert holds(chunks_tile_the_sequence, replace(TRACE, chunks=(whole,)))
     assert said(chunks_tile_the_sequence, replace(TRACE, chunks=(other,))) == [
-        "chunks: 0-3, but should be 0-1 2-3"
+        "chunks: 0-0 1-3, but should be 0-1 2-3"
     ]
 
 
@@ -1326,6 +1326,27 @@ def test_gradients_that_are_shrunk_to_another_norm_with_each_chunk_are_not_clipp
 
 
 @pytest.mark.parametrize(
+    ("before", "scaled"),
+    [((0.5, 1.5), True), ((0.25, 1.5), False), ((0.5, 2.5), False)],
+    ids=["by one factor", "by another", "to one norm"],
+)
+def test_one_gradient_that_is_scaled_by_one_factor_in_each_chunk_is_not_clipped(
+    before: tuple[float, float], scaled: bool
+) -> None:
+    link = with_outcome(with_rule(LINK, handed=HALVED), shrunk={"bias": (0.5, 2.5)})
+    assert link.before is not None
+    assert link.before.outcome is not None
+    earlier = replace(link.before.outcome, shrunk={"bias": before})
+    link = replace(link, before=replace(link.before, outcome=earlier))
+
+    found = [
+        "time steps 2-3, gradient of bias at the update: scaled by 0.5, as in the chunk before, "
+        "but should be as backward left it, or clipped"
+    ]
+    assert said(gradients_are_the_chunks_own, link) == (found if scaled else [])
+
+
+@pytest.mark.parametrize(
     ("before", "now"),
     [
         ((0.25, 2.5), (0.5, 2.5)),
@@ -1569,6 +1590,12 @@ def test_a_chunk_with_two_updates_is_told() -> None:
     assert said(each_chunk_updates_once, with_outcome(LINK, rules=(RULE, RULE))) == [
         "time steps 2-3, updates: 2, but should be 1"
     ]
+
+
+def test_an_update_that_training_did_not_come_to_is_not_missing() -> None:
+    link = with_outcome(LINK, rules=(), halted=True)
+
+    assert missing(each_chunk_updates_once, link) == "a chunk that training comes to the end of"
 
 
 def test_several_optimizers_make_one_update_each() -> None:

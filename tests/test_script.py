@@ -240,14 +240,7 @@ def test_every_property_has_a_script_that_was_run() -> None:
 
 def otherwise(loop: str, build: Callable[[tb.Case], Any]) -> Build:
     """Wire a loop of the gallery as has to be told of it."""
-    told = WIRED.get(loop, {})
-
-    def subject(case: tb.Case) -> tb.Subject:
-        contract = told.get("contract")
-        promised = {"contract": contract(case)} if callable(contract) else {}
-        return wired(build(case), **{**told, **promised})
-
-    return subject
+    return wired(build, WIRED.get(loop, {}))
 
 
 # Between them: a state kept on the module (told or found), several arguments, `outputs`, `parts`,
