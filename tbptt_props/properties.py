@@ -461,7 +461,7 @@ def _tiles(
     sequences = trace.sizes[batch][0]
     if len(chunks) != len(due):  # several chunks in one backward: their inputs are known to tile
         return
-    if trace.halt and chunks and chunks[-1] is trace.chunks[-1]:
+    if trace.halt and chunks and chunks[-1] is trace.chunks[-1] and not chunks[-1].moved:
         chunks, due = chunks[:-1], due[:-1]  # other sequences' turn may have been still to come
     fed = [(max(0, start - trace.context), stop) for start, stop in due]
     yield from _accounted("inputs", chunks, fed, sequences, padding, lambda c: c.inputs)

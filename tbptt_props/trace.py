@@ -302,15 +302,19 @@ class Link:
 
     @property
     def closes(self) -> bool:
-        """Whether an update is due after the chunk."""
+        """Whether an update is due after the chunk; where either will do, whether there was one."""
+        last, count = self.chunk.index + max(1, len(self.chunk.pieces)) - 1, len(self.plan)
+        made = self.chunk.outcome is not None and bool(self.chunk.outcome.rules)
+        over = last == count - 1
         if self.contract.update == "batch" and self.chunk.span and self.plan:
-            return self.chunk.span[1] >= self.plan[-1][1]  # be it cut otherwise than promised
-        last = self.chunk.index + max(1, len(self.chunk.pieces)) - 1
-        if self.contract.updates_after(last, len(self.plan), self.chunk.batch):
+            # Cut otherwise than promised, a batch is over by its chunks' count, or by its steps.
+            counted, stepped = last >= count - 1, self.chunk.span[1] >= self.plan[-1][1]
+            over = counted or stepped if made else counted and stepped
+            last = count - 1 if over else -1
+        if self.contract.updates_after(last, count, self.chunk.batch):
             return True
-        # Fewer batches than share an update may be left over: then either will do.
-        over = self.chunk.batch == self.batches - 1 and last == len(self.plan) - 1
-        return over and self.chunk.outcome is not None and bool(self.chunk.outcome.rules)
+        # Fewer batches than share an update may be left over.
+        return over and made and self.chunk.batch == self.batches - 1
 
     @property
     def opens(self) -> bool:

@@ -87,6 +87,10 @@ def noise(module: Any, x: Tensor) -> Tensor:
     return torch.randn(1, x.size(0), module.gru.hidden_size, dtype=x.dtype)
 
 
+def learned(module: Any, x: Tensor) -> Any:
+    return module.start.expand(-1, x.size(0), -1).contiguous()
+
+
 def average(module: Any) -> None:
     for pair in ((module.average[0], module.gru), (module.average[1], module.out)):
         for slow, fast in zip(*(part.parameters() for part in pair), strict=True):
@@ -108,6 +112,7 @@ RECIPES = {
     "time_major_chunks": Recipe(call=turned),
     "one_step_forward": Recipe(call=one_time_step_each),
     "random_start": Recipe(start=noise),
+    "micro_batches_summed": Recipe(start=learned),
     "noise_of_default_dtype": Recipe(start=noise),
     "scheduler_per_update": Recipe(schedule="update"),
     "scheduler_per_batch": Recipe(schedule="batch"),
@@ -148,6 +153,7 @@ REPAIRS = {
 }
 
 RAISES = {
+    "micro_states_attached": "backward through the graph a second time",
     "never_detached": "backward through the graph a second time",
     "retains_graph": "modified by an inplace operation",
     "only_hidden_detached": "backward through the graph a second time",
@@ -285,6 +291,8 @@ BY_ANOTHER_PLAN = {
     "update_per_sequence",
     "summed_losses",
     "accumulates_two",
+    "accumulates_batches",
+    "trainer_accumulates",
     "mean_of_two",
     "random_lengths",
     "growing_lengths",

@@ -394,9 +394,24 @@ class DoublesItsInputs(TruncatedRNN):
         return super().train_chunk(2 * x, y, state)
 
 
-def test_chunks_of_inputs_that_are_made_from_the_batch_have_no_place_to_go_on_from() -> None:
+class SumsItsInputs(TruncatedRNN):
+    """Hands its forward what is made of several time steps."""
+
+    def train_chunk(self, x: Tensor, y: Tensor, state: State) -> tuple[Tensor, State]:
+        return super().train_chunk(1 + x.cumsum(dim=1), y, state)
+
+
+def test_chunks_of_inputs_that_are_made_from_the_batch_are_resumed_all_the_same() -> None:
     core, readout = nn.LSTM(2, 3, batch_first=True), nn.Linear(3, 2)
     whole, cut = (DoublesItsInputs(core, readout, chunk=c.chunk).double() for c in (WHOLE, CUT))
+
+    assert verdicts(whole, WHOLE)[0] == "needs inputs of forward that are the batch's own"
+    assert verdicts(cut, CUT)[1] == "holds"
+
+
+def test_chunks_of_inputs_that_are_from_nowhere_have_no_place_to_go_on_from() -> None:
+    core, readout = nn.LSTM(2, 3, batch_first=True), nn.Linear(3, 2)
+    whole, cut = (SumsItsInputs(core, readout, chunk=c.chunk).double() for c in (WHOLE, CUT))
 
     assert verdicts(whole, WHOLE)[0] == "needs no chunk of the batch's own was observed"
     assert verdicts(cut, CUT)[1] == "needs inputs of forward are not the batch's own"

@@ -359,7 +359,6 @@ def test_a_fault_of_mixed_precision_is_found_there_and_does_no_harm_in_float64(
         ("CarriesAHalfState", "state_crosses_every_boundary", "state_is_changed_on_the_way"),
         ("ClipsScaledGradients", "loss_is_the_chunks_own", "scaled_gradients_are_changed"),
         ("CallsBackwardItself", "training_reaches_the_end", "the_scaler_is_gone_round"),
-        ("CallsBackwardItself", "each_chunk_updates_once", "the_scaler_is_gone_round"),
         ("CallsBackwardItself", MANUAL, "the_scaler_is_gone_round"),
     ],
 )

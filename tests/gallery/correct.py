@@ -1939,7 +1939,7 @@ class MicroBatches(GRUForecaster):
 
 
 class MicroBatchesSummed(GRUForecaster):
-    """Runs each chunk a third of the batch at a time, and back-propagates all losses at once."""
+    """Runs each chunk half a batch at a time, and back-propagates both losses at once."""
 
     def __init__(self, n_in: int, n_hid: int, n_out: int, bptt: int) -> None:
         super().__init__(n_in, n_hid, n_out, bptt)
@@ -1948,7 +1948,7 @@ class MicroBatchesSummed(GRUForecaster):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         opt: Any = self.optimizers()
         x, y = batch
-        parts = torch.arange(x.size(0)).split(max(1, x.size(0) // 3))
+        parts = torch.arange(x.size(0)).split((x.size(0) + 1) // 2)
         states = [self.start.expand(-1, len(rows), -1).contiguous() for rows in parts]
         for i in range(0, x.size(1), self.bptt):
             opt.zero_grad()
