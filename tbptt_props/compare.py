@@ -202,6 +202,9 @@ def _scaled_down(before: Tensor, after: Tensor) -> bool:
     return bool(0 < factor < 1) and _exact(after, before * factor)
 
 
+UNSCALED = (1.0, 0.0)
+
+
 def scaling(gradients: Tensors, handed: Tensors) -> tuple[float, float]:
     """Return the one factor by which all gradients were shrunk, and their joint norm after it.
 
@@ -209,22 +212,18 @@ def scaling(gradients: Tensors, handed: Tensors) -> tuple[float, float]:
     """
     changed = [n for n, g in handed.items() if n in gradients and not same(g, gradients[n])]
     if not changed:
-        return 1.0, 0.0
+        return UNSCALED
     after = torch.cat([handed[name].flatten() for name in handed if name in gradients])
     before = torch.cat([gradients[name].flatten() for name in handed if name in gradients])
     if not bool(before.any()) or not _scaled_down(before, after):
-        return 1.0, 0.0
+        return UNSCALED
     return float(after.norm() / before.norm()), float(after.norm())
 
 
 def scalings(gradients: Tensors, handed: Tensors) -> dict[str, tuple[float, float]]:
     """Return of each gradient that was shrunk by one factor which it was, and its norm after it."""
-    pairs = {name: (gradients[name], g) for name, g in handed.items() if name in gradients}
-    return {
-        name: (float(after.norm() / before.norm()), float(after.norm()))
-        for name, (before, after) in pairs.items()
-        if not same(before, after) and bool(before.any()) and _scaled_down(before, after)
-    }
+    alone = {n: scaling({n: gradients[n]}, {n: g}) for n, g in handed.items() if n in gradients}
+    return {name: found for name, found in alone.items() if found != UNSCALED}
 
 
 def scaled_alike(
