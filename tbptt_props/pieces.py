@@ -41,6 +41,7 @@ TIME: Any = 1  # the dimension of a chunk's inputs along which time runs
 NEAR: Any = {}  # tolerances
 SAME: Any = {}  # tolerances where the same is done in the same way
 CLIP: Any = 1.0  # to what gradients are clipped
+clip: Any = None  # by what function of torch's
 EVERY: Any = 1  # chunks that share an update
 BOUNDARY: Any = ()  # batch and time step at which a run is taken up again
 LEARNED: Any = set()  # parameters that a state is made of, which are not compared
@@ -313,22 +314,13 @@ def own_gradients():
             torch_backward(loss)
 
 
-def own_gradients_clipped_norm():
+def own_gradients_clipped():
     """Leave on the twin the gradients that are due: of the chunk's own losses, and clipped."""
     twin.zero_grad()
     with torch.enable_grad():
         for loss in map(own_loss, sharing(calls[-1])):
             torch_backward(loss)
-    torch.nn.utils.clip_grad_norm_(twin.parameters(), CLIP)
-
-
-def own_gradients_clipped_value():
-    """Leave on the twin the gradients that are due: of the chunk's own losses, and clipped."""
-    twin.zero_grad()
-    with torch.enable_grad():
-        for loss in map(own_loss, sharing(calls[-1])):
-            torch_backward(loss)
-    torch.nn.utils.clip_grad_value_(twin.parameters(), CLIP)
+    clip(twin.parameters(), CLIP)
 
 
 torch_backward = torch.autograd.backward
@@ -357,6 +349,16 @@ def clear_backward(roots, *args, **named):
     backwards.append((len(calls), None))
 
 
+def is_compared(name, parameter):
+    """Tell whether a parameter's gradient is due to be one that is known."""
+    return parameter.requires_grad
+
+
+def is_compared_but(name, parameter):
+    """Tell whether a parameter's gradient is known: not where a state is made of it."""
+    return parameter.requires_grad and name not in LEARNED
+
+
 def check_gradients(when):
     """Hold the gradients of the module against those that are due."""
     if not calls:
@@ -364,20 +366,7 @@ def check_gradients(when):
     own_gradients()
     for (name, parameter), other in zip(module.named_parameters(), twin.parameters(), strict=True):
         found, due = (torch.zeros_like(p) if p.grad is None else p.grad for p in (parameter, other))
-        if parameter.requires_grad and not torch.allclose(found, due, **NEAR):
-            place = f"{told(calls[-1])}, gradient of {name}{when}"
-            wrong.append(f"{place}: {differ(found, due)}")
-
-
-def check_gradients_but(when):
-    """Hold the gradients of the module against those that are due, but for a learned state's."""
-    if not calls:
-        return wrong.append("an update comes before the first call")
-    own_gradients()
-    for (name, parameter), other in zip(module.named_parameters(), twin.parameters(), strict=True):
-        found, due = (torch.zeros_like(p) if p.grad is None else p.grad for p in (parameter, other))
-        judged = parameter.requires_grad and name not in LEARNED
-        if judged and not torch.allclose(found, due, **NEAR):
+        if is_compared(name, parameter) and not torch.allclose(found, due, **NEAR):
             place = f"{told(calls[-1])}, gradient of {name}{when}"
             wrong.append(f"{place}: {differ(found, due)}")
 

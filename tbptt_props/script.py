@@ -487,6 +487,7 @@ def _at_hand(seen: Seen) -> dict[str, str]:
         "INPUTS": f"INPUTS = {forward.inputs!r}\n",
         "STATE": f"STATE = {(forward.kept or forward.handed)!r}\n",
         "CLIP": f"CLIP = {contract.clip_norm or contract.clip_value}\n",
+        "clip": f"clip = torch.nn.utils.clip_grad_{'norm' if contract.clip_norm else 'value'}_\n",
         "EVERY": f"EVERY = {contract.update!r}\n",
         "LEARNED": f"LEARNED = {learned!r}  # of which a state is made\n",
         "BOUNDARY": f"BOUNDARY = {_boundary(seen)!r}  # batch and time step\n",
@@ -609,7 +610,7 @@ def _stand_ins(seen: Seen, check: Check) -> dict[str, str]:
     told, kept = seen.asked.outputs is not None, bool(forward.kept)
     cell = isinstance(forward.owner, nn.RNNCellBase) and not told
     # As backward leaves them, gradients are not clipped yet.
-    clips = "clipped_norm" if contract.clip_norm else "clipped_value" * contract.clips
+    clips = "clipped" * contract.clips
     chosen = {
         "came_in": "kept" * kept,
         "came_out": "_".join(["kept"] * kept + ["told"] * told) or "of_cell" * cell,
@@ -622,7 +623,7 @@ def _stand_ins(seen: Seen, check: Check) -> dict[str, str]:
         "sharing": {"chunk": "", 1: "", "batch": "batch"}.get(contract.update, "some"),
         "is_updated": {"chunk": "", 1: "", "batch": "batch"}.get(contract.update, "some"),
         "own_gradients": "" if check.backward == "checked_backward" else clips,
-        "check_gradients": "but" * bool(_learned(seen)),
+        "is_compared": "but" * bool(_learned(seen)),
         "a_trainer": "mixed" * (seen.subject.precision in ("bf16-mixed", "16-mixed")),
     }
     return {name: f"{name}_{kind}" for name, kind in chosen.items() if kind}
