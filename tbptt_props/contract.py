@@ -157,6 +157,12 @@ class Contract:
             return (batch + 1) % self.accumulate_grad_batches == 0
         return isinstance(self.update, int) and (index + 1) % self.update == 0
 
+    def opens(self, index: int, count: int, batch: int = 0) -> bool:
+        """Tell whether chunk `index` is the first one after an update is due, or of all."""
+        if index == 0:
+            return batch % self.accumulate_grad_batches == 0
+        return self.updates_after(index - 1, count, batch)
+
     def share(self, index: int, plan: Sequence[tuple[int, int]]) -> float:
         """Return by what the loss of chunk `index` of a batch's plan is multiplied."""
         start, stop = plan[index]

@@ -319,10 +319,7 @@ class Link:
     @property
     def opens(self) -> bool:
         """Whether the chunk is the first after an update, or of all."""
-        index, batch = self.chunk.index, self.chunk.batch
-        if index:
-            return self.contract.updates_after(index - 1, len(self.plan), batch)
-        return batch % self.contract.accumulate_grad_batches == 0
+        return self.contract.opens(self.chunk.index, len(self.plan), self.chunk.batch)
 
     @property
     def share(self) -> float:

@@ -947,10 +947,8 @@ class Watch:
 
     def _opens(self) -> bool:
         """Tell whether an update is due before the chunk that begins, or nothing."""
-        contract, before = self.subject.contract, self.in_this_batch - 1
-        if before < 0:
-            return self.batch % contract.accumulate_grad_batches == 0
-        return contract.updates_after(before, before + 2, self.batch)
+        index = self.in_this_batch
+        return self.subject.contract.opens(index, index + 1, self.batch)
 
     def _leaks(self, calls: list[_LiveCall], numbers: list[int]) -> tuple[Leak, ...]:
         """Find the paths from a loss's nodes into those of chunks gone by."""
