@@ -5,6 +5,7 @@ Shapes: B sequences, T time steps, I inputs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from tbptt_props.trace import Span
 def locate(x: Tensor, live: Any, pristine: Tensor) -> Tensor | None:
     """Return the place of each row of `x`, (..., 2), or None where none of them is the batch's.
 
-    A row that is not the batch's, padding say, has the place (-1, -1).
+    A row before or behind the batch's own, padding say, has the place (-1, -1). Where a row within
+    them was made into something else, nothing is claimed of any: a loop may hand forward what it
+    makes of its inputs, and the first of sums over time is the first row itself.
 
     `x` is (..., I), any part of `pristine` (B, T, I) in any layout that leaves the features last;
     for tokens `x` is any part of a batch (B, T). `live` is the batch as the loop had it: a view of
@@ -92,7 +95,27 @@ def _by_value(x: Tensor, pristine: Tensor) -> Tensor | None:
     its_own = (pristine[places[..., 0], places[..., 1]] == x).all(dim=-1)
     if not bool(its_own.any()):
         return None
-    return torch.where(its_own.unsqueeze(-1), places, -1)
+    places = torch.where(its_own.unsqueeze(-1), places, -1)
+    return places if bool(its_own.all()) or _only_beside(places, pristine.shape) else None
+
+
+def _only_beside(places: Tensor, sizes: Sequence[int]) -> bool:
+    """Tell whether the rows without a place, of (B, K, 2) or (K, B, 2), lie outside a batch (B, T).
+
+    They do if counting on from the rows that have one leads there, or if they fill a sequence more.
+    """
+    if places.dim() != 3:
+        return False
+    for lines in (places, places.transpose(0, 1)):
+        known = lines[..., 1] >= 0
+        counted = torch.arange(lines.shape[1], device=places.device)
+        begins = (lines[..., 1] - counted)[known]
+        if bool((begins == begins[0]).all()):
+            counted = counted + begins[0]
+            outside = (counted < 0) | (counted >= sizes[1])
+            more = ~known.any(dim=1, keepdim=True) & (len(lines) > sizes[0])
+            return bool((known | outside | more).all())
+    return False
 
 
 def time_first(places: Tensor) -> bool:

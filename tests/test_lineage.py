@@ -39,6 +39,13 @@ class Noisy(Made):
         return x + 0.1 * torch.randn_like(x)
 
 
+class Masked(Made):
+    """Without some of the inputs: those that are left are the batch's own numbers."""
+
+    def make(self, x: Tensor) -> Tensor:
+        return x * (torch.rand(*x.shape[:2], 1) < 0.7)
+
+
 class Standardized(Made):
     """By the whole batch's mean and deviation, before it is cut."""
 
@@ -95,6 +102,7 @@ def tokens(case: tb.Case) -> list[Any]:
 WAYS: dict[str, tuple[type[Made], dict[str, Any]]] = {
     "scaled": (Made, {}),
     "noisy": (Noisy, {}),
+    "masked": (Masked, {}),
     "standardized": (Standardized, {}),
     "encoded": (Encoded, {}),
     "widened": (Widened, {}),
@@ -160,10 +168,13 @@ def test_a_mistake_is_found_behind_what_the_loop_makes(way: str, mistake: str) -
     assert due in broken
 
 
-def test_what_mixes_time_steps_is_not_followed() -> None:
+@pytest.mark.parametrize("more", [0, 1])
+def test_what_mixes_time_steps_is_not_followed(more: int) -> None:
+    """Nor is it accused where the first time step is the batch's own."""
+
     class Sums(Made):
         def make(self, x: Tensor) -> Tensor:
-            return 1 + x.cumsum(dim=1)
+            return more + x.cumsum(dim=1)
 
     broken, held = judged(Sums, {})
 

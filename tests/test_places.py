@@ -228,16 +228,6 @@ def test_numbers_that_come_up_twice_are_not_looked_up() -> None:
 # What is not the batch's --------------------------------------------------------------------
 
 
-def test_padding_has_no_place() -> None:
-    live = inputs(2)
-    x = torch.cat([live[:, 5:], torch.zeros(3, 2, 2)], dim=1)
-
-    found = locate(x, live, live.clone())
-
-    nowhere = torch.full((3, 2, 2), -1)
-    assert_places(found, torch.cat([PLACES[:, 5:], nowhere], dim=1))
-
-
 def test_one_sequence_of_padding_has_no_place() -> None:
     live = inputs(2)
     x = torch.cat([live[:, 2:4], torch.zeros(1, 2, 2)])
@@ -247,16 +237,42 @@ def test_one_sequence_of_padding_has_no_place() -> None:
     assert_places(found, torch.cat([PLACES[:, 2:4], torch.full((1, 2, 2), -1)]))
 
 
-def test_a_row_of_which_only_the_first_number_is_right_has_no_place() -> None:
-    live = inputs(2)
-    x = live[:, 2:4].clone()
-    x[1, 1, 1] += 1
+SIDES = {"behind": (5, 7, 1), "before": (0, 2, -1)}
 
-    found = locate(x, live, live.clone())
 
-    due = PLACES[:, 2:4].clone()
-    due[1, 1] = -1
-    assert_places(found, due)
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("side", SIDES)
+def test_rows_beside_the_batchs_own_have_no_place(side: str, turned: bool) -> None:
+    start, stop, way = SIDES[side]
+    parts = [inputs(2)[:, start:stop], torch.zeros(3, 2, 2)][::way]
+    places = [PLACES[:, start:stop], torch.full((3, 2, 2), -1)][::way]
+    x, due = torch.cat(parts, dim=1), torch.cat(places, dim=1)
+    if turned:
+        x, due = x.transpose(0, 1), due.transpose(0, 1)
+
+    assert_places(locate(x, None, inputs(2)), due)
+
+
+CHANGED: dict[str, Layout] = {
+    "sums over time": lambda x: x[:, 2:5].cumsum(1),
+    "one left out": lambda x: x[:, 2:5] * torch.tensor([1, 0, 1]).reshape(1, 3, 1),
+    "one of one sequence left out": lambda x: x[:, 2:5] * (x[:, 2:5] != x[1, 3]),
+    "the last left out": lambda x: x[:, 4:] * torch.tensor([1, 1, 0]).reshape(1, 3, 1),
+    "the first left out": lambda x: x[:, :3] * torch.tensor([0, 1, 1]).reshape(1, 3, 1),
+    "in another order": lambda x: x[:, [4, 2, 3]] * torch.tensor([1, 1, 0]).reshape(1, 3, 1),
+    "one number of one": lambda x: x[:, 2:5] + torch.eye(18).view(18, 3, 3, 2)[9],
+    "all in one row": lambda x: (x[:, 2:5] * torch.tensor([1, 0, 1]).reshape(1, 3, 1)).flatten(
+        0, 1
+    ),
+}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("name", CHANGED)
+def test_of_rows_that_were_changed_nothing_is_claimed(name: str, turned: bool) -> None:
+    x = CHANGED[name](inputs(2))
+
+    assert locate(x.transpose(0, 1) if turned else x, None, inputs(2)) is None
 
 
 UNLIKE: dict[str, Layout] = {
