@@ -6,7 +6,7 @@ Shapes: B sequences, T time steps, I inputs, O outputs.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tbptt_props.places import lanes_of
 from tbptt_props.state import leaves, map_tensors
-from tbptt_props.trace import Place
+from tbptt_props.trace import Flags, Place
 
 Parts = Callable[[Any], tuple[Tensor, Any]]
 
@@ -60,6 +60,18 @@ class Batch:
         masks = [t for t in leaves(self.targets).values() if t.shape == self.inputs.shape[:2]]
         masks = [mask for mask in masks if bool(((mask == 0) | (mask == 1)).all())]
         return frozenset((int(b), int(t)) for m in masks for b, t in (m == 0).nonzero().tolist())
+
+    @property
+    def flags(self) -> Flags:
+        """What else is zero or one in the batch: numbers of its own, or one for each sequence."""
+        known = [self.inputs, *leaves(self.targets).values()]
+        found = [
+            flag
+            for part in _parts_of(self.whole)
+            if not any(part is other or _equal(part, other) for other in known)
+            and (flag := _as_flag(part, *self.inputs.shape[:2])) is not None
+        ]
+        return frozenset(zip(*found, strict=True))
 
     def targets_at(self, places: Tensor) -> Any:
         """Return the targets of these (sequence, time step)s, laid out as they are: (..., 2).
@@ -181,6 +193,29 @@ def first_two(whole: Any) -> tuple[Tensor, Any]:
 
 def _is_several(part: Any) -> bool:
     return not isinstance(part, Tensor) and len(leaves(part)) > 1
+
+
+def _parts_of(whole: Any) -> list[Any]:
+    """Return a batch's tensors and, of its outermost parts, what is a number."""
+    outermost = whole.values() if isinstance(whole, Mapping) else whole
+    numbers = isinstance(outermost, Iterable) and not isinstance(whole, Tensor)
+    return [
+        *leaves(whole).values(),
+        *(part for part in (outermost if numbers else ()) if isinstance(part, (bool, int))),
+    ]
+
+
+def _equal(part: Any, other: Tensor) -> bool:
+    return isinstance(part, Tensor) and part.shape == other.shape and torch.equal(part, other)
+
+
+def _as_flag(part: Any, sequences: int, steps: int) -> list[bool] | None:
+    """Return a flag of each sequence; None where it is something else."""
+    flag = torch.as_tensor(part)
+    of_each = flag.shape == (sequences,) or (steps > 1 and flag.shape == (sequences, 1))
+    if flag.dim() and not of_each or bool(((flag != 0) & (flag != 1)).any()):
+        return None
+    return [bool(one) for one in flag.flatten().expand(sequences)]
 
 
 def _checked(parts: Any) -> tuple[Tensor, Any]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tbptt_props.byhand import BY_HAND
 from tbptt_props.compare import clipped, close, is_clipped, same, same_leaves, scaled_alike
+from tbptt_props.flags import AFRESH, whatever_flags_say
 from tbptt_props.state import leaves
 from tbptt_props.trace import (
     Chunk,
@@ -359,7 +360,7 @@ def _has_moved(link: Link) -> bool:
 
 def _may_be_fresh(link: Link, found: Tensors, due: Tensors, initial: Tensors) -> bool:
     """Tell whether each row of the state goes on or starts afresh, where flags may say so."""
-    if link.contract.carry != "flagged":
+    if link.contract.carry != "flagged" or whatever_flags_say(AFRESH, link):
         return False
     if not found:
         return True

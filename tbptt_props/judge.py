@@ -17,6 +17,7 @@ from tbptt_props.compare import rounded_to
 from tbptt_props.contract import Contract
 from tbptt_props.editions import FIRST, known
 from tbptt_props.evidence import Looking
+from tbptt_props.flags import fate_of
 from tbptt_props.miswired import LossesMet, takes_time_first, time_second
 from tbptt_props.observation import Fresh, batches_of, made_ready, observing, rewired, run
 from tbptt_props.precision import dtype_of, rounding
@@ -35,7 +36,7 @@ from tbptt_props.rederivation import rederive, steps_reached
 from tbptt_props.report import Report, Verdict
 from tbptt_props.story import Storyteller
 from tbptt_props.subject import ObservationError, Subject, require
-from tbptt_props.trace import Cause, Chunk, Finding, Link, NotJudged, Span, Violation
+from tbptt_props.trace import Cause, Chunk, Fate, Finding, Link, NotJudged, Span, Violation
 
 Property = RunProperty | LinkProperty
 
@@ -172,6 +173,7 @@ def _judge(
         looking = Looking()
         losses = LossesMet()
         story = Storyteller()
+        fates: list[Fate] = []
         numbers = count()
         plans = [twin.contract.plan(case, b.inputs.shape[1]) for b in batches_of(twin, case)]
 
@@ -185,6 +187,7 @@ def _judge(
                     plans[chunk.batch],
                     twin.contract,
                     len(plans),
+                    tuple(fates),
                 )
                 unclear = _not_finite(link)
                 found = {
@@ -197,6 +200,8 @@ def _judge(
                 story.tell(link, {} if unclear else found, lambda: steps_reached(twin, chunk))
                 if any(isinstance(f, Violation) for f in found.get(LOSS, ())):
                     losses.at(link)
+                if (fate := fate_of(link)) is not None:
+                    fates.append(fate)
                 looking.at(link, alone=len(plans) == len(plans[0]) == 1)
             before[:] = [chunk.light()]
 

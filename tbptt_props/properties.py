@@ -29,6 +29,7 @@ from tbptt_props.compare import (
     scaled_alike,
     worst,
 )
+from tbptt_props.flags import AFRESH, ONWARD, whatever_flags_say
 from tbptt_props.lines import shown
 from tbptt_props.precision import SKIPPED, overflowed
 from tbptt_props.state import leaves
@@ -198,6 +199,9 @@ def state_crosses_every_boundary(link: Link) -> Iterator[Finding]:
     where = f"{link.chunk}, incoming state"
     if link.contract.carry == "flagged":
         yield from _neither_carried_nor_fresh(link.chunk, found, due[-1], leaves(given.initial))
+        if whatever_flags_say(AFRESH, link):
+            found_so = "fresh, as after every batch before, whatever the batch's flags are"
+            yield Violation(where, found_so, f"the one {_beside(link.chunk, before)} ended in")
     elif not found:
         yield Violation(where, "none", f"the one {_beside(link.chunk, before)} ended in")
     elif not any(_went_on(found, alternative, before) for alternative in due):
@@ -217,6 +221,10 @@ def state_starts_afresh_with_each_batch(link: Link) -> Iterator[Finding]:
     before, given = link.before, link.chunk.given
     if before is None or given is None or not link.chunk.starts_batch:
         yield NotJudged("a case of at least two batches")
+        return
+    if link.contract.carry == "flagged" and whatever_flags_say(ONWARD, link):
+        found_so = f"the one {_beside(link.chunk, before)} ended in, whatever the batch's flags are"
+        yield Violation(f"{link.chunk}, incoming state", found_so, "fresh where flags say so")
         return
     if link.contract.carry != "within":
         yield NotJudged("a contract by which each batch starts afresh")

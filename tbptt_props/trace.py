@@ -20,6 +20,7 @@ from tbptt_props.state import side_by_side
 Tensors = Mapping[str, Tensor]
 REWORKED = "a state that goes from call to call of forward as it is"  # missing, if it doesn't
 Place = tuple[int, int]  # (sequence, time step) within a batch
+Flags = frozenset[tuple[bool, ...]]  # all those of a sequence, for each sequence of a batch
 Span = tuple[int, int]  # time steps from the first up to, not including, the second
 Kind = Literal["forward", "backward", "update"]
 
@@ -144,6 +145,15 @@ class Given:
 
 
 @dataclass(frozen=True)
+class Fate:
+    """What became of the states that a batch ended in, and the flags of it and of the next."""
+
+    ways: frozenset[str]  # those of all sequences: onward, afresh or neither
+    ended: Flags = frozenset()  # beside the batch that ended; none where they tell nothing
+    begins: Flags = frozenset()  # beside the batch that begins
+
+
+@dataclass(frozen=True)
 class Leak:
     """A path from a chunk's loss into the graph of an earlier one."""
 
@@ -208,6 +218,7 @@ class Chunk:
     reworked: bool = False  # between calls, the loop makes another state of the one returned
     moved: bool = True  # its update changed some parameter
     index: int = 0  # which of its batch's chunks it is
+    flags: Flags = frozenset()  # of its batch's sequences, where flags say which go on
     context: int = 0  # time steps among its inputs that belong to chunks before
     padded: bool = False  # with rows from outside the batch, on which its loss does not depend
     adds_up: bool = False  # its gradients are promised to stay for the next chunk's update
@@ -292,6 +303,7 @@ class Link:
     plan: tuple[Span, ...] = ()  # the chunks due in this batch
     contract: Contract = field(default_factory=Contract)
     batches: int = 1  # how many there are to train on
+    fates: tuple[Fate, ...] = ()  # of states at the ends of batches before
 
     @property
     def starts(self) -> frozenset[int]:

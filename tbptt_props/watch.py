@@ -57,6 +57,7 @@ from tbptt_props.trace import (
     Call,
     Chunk,
     Difference,
+    Flags,
     Given,
     Kind,
     Leak,
@@ -428,7 +429,7 @@ class Watch:
             if self.calls_ever == 1:
                 self._require_a_state(arguments)
             live = self._opened(arguments)
-        if self.initial_state is None:
+        if self.calls_ever == 1:
             self.initial_state = live.call.state
         live.opened = sequence_number()
         self.in_forward = 0
@@ -1310,10 +1311,16 @@ class Watch:
             reworked=self._is_reworked(live),
             moved=_has_moved(live.rules),
             index=live.index,
+            flags=self._flags(live.batch),
             adds_up=self.subject.contract.adds_up,
             lines=live.lines,
             padded=_is_padded(live.calls),
         )
+
+    def _flags(self, batch: int) -> Flags:
+        if self.subject.contract.carry != "flagged" or not 0 <= batch < len(self.pristine):
+            return frozenset()
+        return self.pristine[batch].flags
 
     def _context(self, places: Tensor | None) -> int:
         """Return how many of a chunk's time steps are context: those that chunks before had."""

@@ -208,6 +208,28 @@ class Flagged(Stream):
         return super().training_step((x, y), batch_idx)
 
 
+class FlaggedAlways(Flagged):
+    """Begins afresh with every batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step((*batch[:2], True), batch_idx)
+
+
+class FlaggedByMasks(Flagged):
+    """The same, by masks of zeros and ones, of each sequence."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y, done = batch
+        return super().training_step((x, y, bool(((1 - done) * done == 0).all())), batch_idx)
+
+
+class FlaggedNever(Flagged):
+    """Never begins afresh, but with the first batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step((*batch[:2], batch_idx == 0), batch_idx)
+
+
 class FlaggedScales(Flagged):
     def cut(self, state: Any) -> Any:
         return 0.9 * state.detach()
@@ -225,8 +247,12 @@ def streamed(case: tb.Case) -> list[Any]:
 
 def flagged(case: tb.Case) -> list[Any]:
     return [
-        (a, b, i == 0) for x, y in case.tensors() for i, (a, b) in enumerate(cut(x, y, case.chunk))
+        (a, b, i == 0) for x, y in streamed(case) for i, (a, b) in enumerate(cut(x, y, case.chunk))
     ]
+
+
+def by_masks(case: tb.Case) -> list[Any]:
+    return [(x, y, torch.full((len(x),), float(first))) for x, y, first in flagged(case)]
 
 
 def cut(x: Tensor, y: Tensor, k: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -604,6 +630,7 @@ RIGHT: dict[str, Build] = {
 }
 
 CROSSES = "state_crosses_every_boundary"
+STARTS = "state_starts_afresh_with_each_batch"
 TILE = "chunks_tile_the_sequence"
 GRADIENTS = "gradients_are_the_chunks_own"
 ONCE = "each_chunk_updates_once"
@@ -650,6 +677,14 @@ WRONG: dict[str, tuple[Build, str, str, set[str]]] = {
         "validation_leaves_its_traces",
         set(),
     ),
+    "flagged_always": (told(FlaggedAlways, **BY_FLAGS), CROSSES, "state_is_dropped", set()),
+    "flagged_by_masks": (
+        told(FlaggedByMasks, **BY_FLAGS | {"batches": by_masks}),
+        CROSSES,
+        "state_is_dropped",
+        set(),
+    ),
+    "flagged_never": (told(FlaggedNever, **BY_FLAGS), STARTS, "state_outlives_its_batch", set()),
     "flagged_scales": (told(FlaggedScales, **BY_FLAGS), CROSSES, "state_is_scaled", set()),
     "flagged_turns": (told(FlaggedTurns, **BY_FLAGS), CROSSES, "state_is_rearranged", set()),
     "learned_in_each_chunk": (told(LearnedInEachChunk), CROSSES, "state_is_reset", set()),
