@@ -67,8 +67,8 @@ def of_each(flag: bool, x: Tensor) -> Tensor:
 def by_chance(case: tb.Case) -> list[Any]:
     """Return batches with flags that are drawn: each sequence ends where it ends."""
     generator = torch.Generator().manual_seed(case.seed)
-    draw = lambda x: torch.rand(len(x), generator=generator) < 0.5  # noqa: E731
-    return [(x, y, draw(x), draw(x)) for x, y, _, _ in pieces(case)]
+    drawn = [(x, y, torch.rand(2, len(x), generator=generator) < 0.5) for x, y, *_ in pieces(case)]
+    return [(x, y, *flags) for x, y, flags in drawn]
 
 
 # What is loaded, and whether each sequence goes on, by flags of the batch before and of this one.
