@@ -400,6 +400,7 @@ class _GoingOn:
         self.left = left
         self.training = Training()
         self.loaded = False
+        self.over = False  # the batch that it starts in
         self.entered: dict[str, Tensor] | None = None
         self.layout: Any = None
         self.state: Any = None
@@ -426,6 +427,7 @@ class _GoingOn:
     def batch_started(self, index: int, batch: Any) -> None:
         self.watchdog.turned()
         self.state = None
+        self.over = self.loaded
         if not self.loaded:
             self.loaded = True
             self._load()
@@ -470,7 +472,7 @@ class _GoingOn:
 
     def _starts(self, arguments: Arguments) -> bool:
         """Tell whether a call is the first one, or a closure's repetition of it."""
-        if not self.left.start:
+        if not self.left.start or self.over:
             return False
         handed = leaves((arguments.x, arguments.state))
         if self.entered is None:

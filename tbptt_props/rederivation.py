@@ -455,7 +455,7 @@ def _by_sequence(prediction: Tensor, x: Tensor, dim: int) -> Tensor | None:
     """Lay a prediction out with its sequences first; None where it is unclear how they lie."""
     leading = x.shape[:2]
     flat = prediction.dim() > 0 and len(leading) == 2 and len(prediction) == leading.numel()
-    if flat and leading.numel() > x.shape[dim]:
+    if flat and prediction.shape[:2] != leading:
         prediction = prediction.reshape(*leading, *prediction.shape[1:])
     dims = (dim, 0)
     found = [d for d in dims if d < prediction.dim() and prediction.shape[d] == x.shape[dim]]

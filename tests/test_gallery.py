@@ -280,6 +280,24 @@ def test_one_target_for_each_sequence_may_have_as_many_numbers_as_there_are_time
     assert law in {verdict.name for verdict in report.holds}
 
 
+# What long searches found, mended since.
+ONCE_ACCUSED = (
+    # The last batch begins with the very token at which the run was resumed.
+    ("tokens", tb.Case(steps=2, chunk=1, batches=3, seed=11)),
+    # As many sequences as there are tokens, and one time step: (1, B) are predicted as (B, B).
+    ("flat_tokens", tb.Case(batch=4, steps=1, chunk=1, inputs=2, seed=527)),
+)
+
+
+@pytest.mark.parametrize(("name", "case"), ONCE_ACCUSED)
+def test_a_right_loop_that_was_accused_once_breaks_nothing(name: str, case: tb.Case) -> None:
+    _, build = OTHER[name]
+
+    report = tb.check(wired(build, WIRED.get(name, {}))(case), case)
+
+    assert report.broken == ()
+
+
 @pytest.mark.parametrize("name", BROKEN_SHAPES)
 def test_a_broken_loop_that_is_wired_otherwise_breaks_the_right_property(name: str) -> None:
     loop, _, _, due = BROKEN_SHAPES[name]
