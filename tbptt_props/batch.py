@@ -213,7 +213,7 @@ def _as_flag(part: Any, sequences: int, steps: int) -> list[bool] | None:
     """Return a flag of each sequence; None where it is something else."""
     flag = torch.as_tensor(part)
     of_each = flag.shape == (sequences,) or (steps > 1 and flag.shape == (sequences, 1))
-    if flag.dim() and not of_each or bool(((flag != 0) & (flag != 1)).any()):
+    if (flag.dim() and not of_each) or bool(((flag != 0) & (flag != 1)).any()):
         return None
     return [bool(one) for one in flag.flatten().expand(sequences)]
 
