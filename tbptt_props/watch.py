@@ -214,6 +214,7 @@ class Watch:
         self.memory: dict[int, tuple[type, Mapping[str, Any]]] = {}  # by parameter's id
         self.early: list[tuple[object, Rule]] = []
         self.steps: list[tuple[object, Optimizer, list[Rule]]] = []  # optimizer steps under way
+        self.inner: list[Optimizer] = []  # those by which they are made
         self.graphs: list[tuple[str, list[weakref.ref[_Canary]]]] = []
         self.outlived: list[str] = []
         self.halted = False
@@ -428,6 +429,7 @@ class Watch:
             self.watchdog.called(arguments.x)
             if self.calls_ever == 1:
                 self._require_a_state(arguments)
+                self._begin_anew()
             live = self._opened(arguments)
         if self.calls_ever == 1:
             self.initial_state = live.call.state
@@ -633,6 +635,15 @@ class Watch:
         if now:
             self.known = {**self.known, **now}
         self.known_when = until
+
+    def _begin_anew(self) -> None:
+        """Take the parameters as they are for those that training begins with: before, it is set up.
+
+        They may have been drawn, or loaded, when all was there to be trained.
+        """
+        if not self.updates:
+            self._note_moves("forward")
+            self.moves = []
 
     def _trained(self, name: str) -> bool:
         """Tell whether an optimizer reads a parameter, as far as optimizers are known."""
@@ -991,19 +1002,20 @@ class Watch:
         chunk.divided = intact and chunk.divided is not False
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        if self._elsewhere() or not self._owned(optimizer) or self._is_inner(optimizer):
+        if self._elsewhere() or not self._owned(optimizer) or is_told_to_skip(optimizer):
             return None
-        if is_told_to_skip(optimizer):
+        if self._is_inner(optimizer):
+            self.inner.append(optimizer)
             return None
         with self._own_code():
             return self._met(optimizer, args, kwargs)
 
     def _is_inner(self, optimizer: Optimizer) -> bool:
-        """Tell whether an optimizer that wraps this one is making its own update by it."""
-        return any(
-            outer is not optimizer and {*self._owned(optimizer)} <= {*self._owned(outer)}
-            for _, outer, _ in self.steps
-        )
+        """Tell whether an optimizer is making its update by this step: it wraps it, or inherits.
+
+        A step that calls the one it overrides comes here twice, if torch has patched both.
+        """
+        return any({*self._owned(optimizer)} <= {*self._owned(outer)} for _, outer, _ in self.steps)
 
     def _met(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         self.watchdog.fed()
@@ -1072,7 +1084,12 @@ class Watch:
         return found
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._elsewhere() or not self.steps or self.steps[-1][1] is not optimizer:
+        if self._elsewhere():
+            return
+        if self.inner and self.inner[-1] is optimizer:
+            self.inner.pop()
+            return
+        if not self.steps or self.steps[-1][1] is not optimizer:
             return
         with self._own_code():
             self._made(optimizer)
