@@ -276,7 +276,8 @@ class _Told(Sequence[Any]):
     """The batches, telling the watch whenever the loop turns to the next.
 
     A loader may read ahead of the loop: a batch that is taken before forward was called on the one
-    before it waits, until the next is taken or forward is called on a part of it.
+    before it waits, until the next is taken or forward is called on a part of it. One that comes
+    once more, as it is evaluated on, waits until forward is called with a gradient.
     """
 
     def __init__(self, subject: Subject, batches: Batches, watch: Watching, skip: int) -> None:
@@ -288,6 +289,7 @@ class _Told(Sequence[Any]):
         self.turned_to: int | None = None  # by index: nothing tells when the loop is done with it
         self.in_use = False  # forward was called since
         self.waiting: list[int] = []
+        self.turned: set[int] = set()  # to which it ever turned
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -304,12 +306,12 @@ class _Told(Sequence[Any]):
             yield self[index]
         if self.waiting:
             self._turn_if_done()
-        else:
+        elif self.in_use:  # or all were taken at once, to be trained on later
             self.end()
 
     def called(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Turn to the batch that forward is called on, if a loader was ahead."""
-        if self.waiting:
+        if self.waiting and (torch.is_grad_enabled() or self.waiting[0] not in self.turned):
             self._turn_to(self._batch_of(self.forward.arguments(args, kwargs).x))
         self.in_use = True
         return original(*args, **kwargs)
@@ -321,15 +323,20 @@ class _Told(Sequence[Any]):
         self.turned_to = None
 
     def _turn_if_done(self) -> None:
-        if self.turned_to is None or self.in_use:
+        once_more = self.waiting[0] in self.turned
+        if not once_more and (self.turned_to is None or self.in_use):
             self._turn_to(self.waiting[0])
 
     def _turn_to(self, index: int | None) -> None:
         """Turn to a batch that waits, past those before it."""
         while index in self.waiting:
+            taken = self.waiting.pop(0)
+            if taken != index and taken in self.turned:  # evaluated on, in passing
+                continue
             self.end()
-            self.turned_to = self.waiting.pop(0)
+            self.turned_to = taken
             self.in_use = False
+            self.turned.add(self.turned_to)
             self.watch.batch_started(self.skip + self.turned_to, self.batches[self.turned_to])
             if self.turned_to == index:
                 return

@@ -637,9 +637,9 @@ class Watch:
         self.known_when = until
 
     def _begin_anew(self) -> None:
-        """Take the parameters as they are for those that training begins with: before, it is set up.
+        """Take the parameters as they are for those that training begins with.
 
-        They may have been drawn, or loaded, when all was there to be trained.
+        They may have been drawn, or loaded, once all was there to be trained.
         """
         if not self.updates:
             self._note_moves("forward")

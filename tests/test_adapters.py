@@ -6,6 +6,7 @@ Shapes: B sequences, T time steps, K time steps in a chunk, I inputs, H hidden u
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -231,7 +232,52 @@ def test_a_loop_may_take_its_batches_ahead(turn: Callable[..., None], seed: int)
     assert report["state_starts_afresh_with_each_batch"].status == "holds"
 
 
-@pytest.mark.parametrize("turn", [by_index, listed, one_ahead])
+def test_a_single_batch_may_be_taken_ahead() -> None:
+    case = replace(CASE, batches=1)
+    ahead = replace(subject(case), train=partial(listed, Loop(case.chunk)))
+
+    assert tb.check(ahead, case).broken == ()
+
+
+def evaluated(module: Net, batches: Batches) -> None:
+    with torch.no_grad():
+        for x, _ in batches:
+            module(x)
+
+
+def before(loop: Loop, module: Net, batches: Batches) -> None:
+    evaluated(module, batches)
+    loop(module, batches)
+
+
+def between(loop: Loop, module: Net, batches: Batches) -> None:
+    def evaluating() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in batches:
+            yield batch
+            evaluated(module, list(islice(batches, 1)))
+
+    loop(module, evaluating())
+
+
+def after(loop: Loop, module: Net, batches: Batches) -> None:
+    loop(module, batches)
+    evaluated(module, batches)
+
+
+@pytest.mark.parametrize("turn", [before, between, after])
+@pytest.mark.parametrize("sizes", [{"batches": 1, "steps": 3, "chunk": 3}, {"batches": 3}])
+def test_a_loop_may_evaluate_on_its_batches(
+    turn: Callable[..., None], sizes: dict[str, int]
+) -> None:
+    case = replace(CASE, **sizes)
+    report = tb.check(replace(subject(case), train=partial(turn, Loop(case.chunk))), case)
+
+    assert report.broken == ()
+    due = "one_chunk_is_one_ordinary_update" if case.batches == 1 else "chunks_tile_the_sequence"
+    assert due in {verdict.name for verdict in report.holds}
+
+
+@pytest.mark.parametrize("turn", [by_index, listed, one_ahead, before, between, after])
 def test_a_mistake_is_named_where_batches_are_taken_ahead(turn: Callable[..., None]) -> None:
     ahead = replace(subject(CASE), train=partial(turn, Loop(CASE.chunk, resets=False)))
 

@@ -477,6 +477,39 @@ class ReturnsAllTakesFirst(ReturnsAllStates):
         return state[:, 0].unsqueeze(0).detach()
 
 
+class Centred(optim.Adam):
+    """An optimizer of one's own, which makes its update by the step it overrides."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+class OptimizerOfOnesOwn(Loop):
+    def configure_optimizers(self) -> optim.Optimizer:
+        optim.Adam(self.parameters())  # one of the parent's kind: torch watches the steps of both
+        return Centred(self.parameters(), lr=1e-2)
+
+
+class StepsTwice(OptimizerOfOnesOwn):
+    def after_the_update(self) -> None:
+        opt: Any = self.optimizers()
+        opt.step()
+
+
+class SetUpLast(Loop):
+    """What is trained is drawn when all is there to be trained."""
+
+    def on_train_epoch_start(self) -> None:
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -0.5, 0.5)
+
+
+class DrawnForEachBatch(SetUpLast):
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.on_train_epoch_start()
+
+
 class SparseGradients(Loop):
     """An embedding has sparse gradients, and an optimizer for such."""
 
@@ -662,6 +695,8 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
         {"a_run_can_be_resumed_at_any_boundary", "state_crosses_every_boundary"},
     ),
     "returns_all_states": (told(ReturnsAllStates), {"state_sums_up_the_chunk"}),
+    "optimizer_of_ones_own": (told(OptimizerOfOnesOwn), set()),
+    "set_up_last": (told(SetUpLast), set()),
     "sparse_gradients": (
         told(SparseGradients, loss=F.cross_entropy, batches=tokens, parts=shifted),
         {
@@ -680,6 +715,8 @@ WRONG: dict[str, tuple[Build, str]] = {
         told(CutsNowhere, contract=tb.Contract(update="batch")),
         "chunks_tile_the_sequence",
     ),
+    "steps_twice": (told(StepsTwice), "each_chunk_updates_once"),
+    "drawn_for_each_batch": (told(DrawnForEachBatch), "nothing_but_the_update_moves_parameters"),
     "returns_all_takes_first": (told(ReturnsAllTakesFirst), "state_crosses_every_boundary"),
     "one_head_forgotten": (told(OneHeadForgotten, loss=unlikelihood), "loss_is_the_chunks_own"),
     "heads_attached": (told(HeadsAttached, loss=unlikelihood), "graph_crosses_no_boundary"),
