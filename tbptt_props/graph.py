@@ -7,9 +7,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 PARAMETER_NODE = 2**63  # torch gives the nodes of parameters a number above all others
+
+
+def hooked(module: nn.Module) -> frozenset[str]:
+    """Name the parameters whose gradients go through hooks of somebody's on their way."""
+    return frozenset(n for n, p in module.named_parameters() if p._backward_hooks)
 
 
 def nodes_behind(roots: Iterable[Tensor]) -> set[Any]:

@@ -38,7 +38,17 @@ from tbptt_props.process import Watchdog, randomness, set_randomness
 from tbptt_props.rederivation import apply_rule, put_buffer, rederive, wraps_another
 from tbptt_props.state import leaves, map_tensors, same_layout, value_of
 from tbptt_props.subject import Subject
-from tbptt_props.trace import REWORKED, Chunk, Ending, Rerun, Rule, Span, Tensors, time_dimension
+from tbptt_props.trace import (
+    HOOKED,
+    REWORKED,
+    Chunk,
+    Ending,
+    Rerun,
+    Rule,
+    Span,
+    Tensors,
+    time_dimension,
+)
 from tbptt_props.train import train
 from tbptt_props.watch import Training, Watch, plain_attributes, rates_of
 
@@ -548,6 +558,8 @@ def one_chunk(
     if due.missing or due.loss is None:
         unknown = "targets of which it is clear how they are laid out"
         return Rerun(where, missing=due.missing or unknown)
+    if due.hooked:
+        return Rerun(where, missing=HOOKED)
     gradients = _up_to_rounding(chunk, due.gradients)
     if gradients is None and not contract.clips:
         return Rerun(where, missing="gradients are clipped, and the contract does not say how")

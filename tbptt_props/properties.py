@@ -34,6 +34,7 @@ from tbptt_props.lines import shown
 from tbptt_props.precision import SKIPPED, overflowed
 from tbptt_props.state import leaves
 from tbptt_props.trace import (
+    HOOKED,
     REWORKED,
     Chunk,
     Difference,
@@ -288,7 +289,9 @@ def gradients_are_the_chunks_own(link: Link) -> Iterator[Finding]:
     names = due.gradients.keys() | (set() if due.partial else outcome.gradients.keys())
     if due.partial and names and names <= outcome.besides:
         yield NotJudged("a loss: this one is made of more than predictions")
-    names = names - outcome.besides
+    if due.hooked and names <= due.hooked:
+        yield NotJudged(HOOKED)
+    names = names - outcome.besides - due.hooked
     for name in sorted(names):
         if updated and name not in updated:
             continue  # no optimizer reads it

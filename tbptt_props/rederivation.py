@@ -23,7 +23,7 @@ from tbptt_props.compare import close, difference, near, near_slope, same, worst
 from tbptt_props.compiling import as_written
 from tbptt_props.device import drawn
 from tbptt_props.forward import Arguments, Forward
-from tbptt_props.graph import nodes_behind
+from tbptt_props.graph import hooked, nodes_behind
 from tbptt_props.layout import alike, as_the_loss_takes, of_parts
 from tbptt_props.precision import autocasting
 from tbptt_props.process import randomness, set_randomness
@@ -117,6 +117,7 @@ def _rederived(
         draws=again.draws,
         in_two=None if within_batch else _in_two(subject, chunk, given, again),
         mixed=_mixed(subject, chunk, given) if mixing else None,
+        hooked=given.hooked - hooked(subject.module),
         partial=subject.loss is None,
     )
     expected = replace(expected, reordered=_is_reordered(subject, given, again, outcome.loss))
@@ -692,7 +693,7 @@ def _slopes(
 
 def _hooked(subject: Subject, given: Given) -> bool:
     """Tell whether the subject hangs hooks on parameters or on what forward makes of them."""
-    if any(p._backward_hooks for p in subject.module.parameters()):
+    if hooked(subject.module):
         return True
     hung: list[Tensor] = []
     original = Tensor.register_hook

@@ -18,6 +18,7 @@ from tbptt_props.lines import Line
 from tbptt_props.state import side_by_side
 
 Tensors = Mapping[str, Tensor]
+HOOKED = "gradients that go through no hooks but those of a module just made"
 REWORKED = "a state that goes from call to call of forward as it is"  # missing, if it doesn't
 Place = tuple[int, int]  # (sequence, time step) within a batch
 Flags = frozenset[tuple[bool, ...]]  # all those of a sequence, for each sequence of a batch
@@ -134,6 +135,7 @@ class Given:
     context: int = 0  # time steps run over before the chunk's own, without a loss
     autocast: torch.dtype | None = None  # to which products were rounded, if they were
     keeps_casts: bool = False  # weights are rounded once, and kept so
+    hooked: frozenset[str] = frozenset()  # parameters whose gradients go through hooks
     repeats: tuple[Any, ...] = ()  # states from which a closure's later evaluations started
     turns: tuple[int, ...] = ()  # how many sequences each call ran, where they take turns
 
@@ -288,6 +290,7 @@ class Expected:
     reordered: bool = False  # it explains the loss that the targets stand in another order
     state_matters: bool | None = None  # the incoming state has an effect; None: there is none
     draws: bool = False  # forward draws random numbers
+    hooked: frozenset[str] = frozenset()  # parameters on which hooks were hung while training
     partial: bool = False  # no loss is known: gradients only of what the forward calls use
     in_two: tuple[Difference, ...] | None = None  # run in two parts, what comes out otherwise
     mixed: tuple[Mixing, ...] | None = None  # what a sequence's inputs move in others

@@ -38,6 +38,7 @@ from tbptt_props.device import drawn
 from tbptt_props.forward import Arguments, Forward
 from tbptt_props.graph import (
     any_within,
+    hooked,
     mark,
     nodes_behind,
     numbers_behind,
@@ -1277,6 +1278,7 @@ class Watch:
                 feeding=first.feeding,
                 autocast=first.snapshot.autocast,
                 keeps_casts=first.snapshot.keeps_casts,
+                hooked=hooked(self.module),
                 repeats=tuple(live.repeats),
                 initial=self.initial_state,
                 turns=_turns(live.calls),

@@ -510,6 +510,14 @@ class DrawnForEachBatch(SetUpLast):
         self.on_train_epoch_start()
 
 
+class ClipsInHooks(Loop):
+    """Each gradient is clipped by a hook, hung when all is there to be trained."""
+
+    def on_train_start(self) -> None:
+        for parameter in self.parameters():
+            parameter.register_hook(lambda gradient: gradient.clamp(-0.02, 0.02))
+
+
 class SparseGradients(Loop):
     """An embedding has sparse gradients, and an optimizer for such."""
 
@@ -697,6 +705,10 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
     "returns_all_states": (told(ReturnsAllStates), {"state_sums_up_the_chunk"}),
     "optimizer_of_ones_own": (told(OptimizerOfOnesOwn), set()),
     "set_up_last": (told(SetUpLast), set()),
+    "clips_in_hooks": (
+        told(ClipsInHooks),
+        {"gradients_are_the_chunks_own", "one_chunk_is_one_ordinary_update"},
+    ),
     "sparse_gradients": (
         told(SparseGradients, loss=F.cross_entropy, batches=tokens, parts=shifted),
         {
