@@ -515,7 +515,7 @@ class ClipsInHooks(Loop):
 
     def on_train_start(self) -> None:
         for parameter in self.parameters():
-            parameter.register_hook(lambda gradient: gradient.clamp(-0.02, 0.02))
+            parameter.register_hook(lambda gradient: gradient.clamp(-0.02, 0.02))  # type: ignore[no-untyped-call]
 
 
 class SparseGradients(Loop):
