@@ -96,13 +96,18 @@ def _by_value(x: Tensor, pristine: Tensor) -> Tensor | None:
     if not bool(its_own.any()):
         return None
     places = torch.where(its_own.unsqueeze(-1), places, -1)
-    return places if bool(its_own.all()) or _only_beside(places, pristine.shape) else None
+    if bool(its_own.all()):
+        return places
+    others = x[~its_own]
+    filled = bool((others == others[0]).all() and (len(others) > 1 or not others.any()))
+    return places if _only_beside(places, pristine.shape, filled=filled) else None
 
 
-def _only_beside(places: Tensor, sizes: Sequence[int]) -> bool:
+def _only_beside(places: Tensor, sizes: Sequence[int], *, filled: bool) -> bool:
     """Tell whether the rows without a place, of (B, K, 2) or (K, B, 2), lie outside a batch (B, T).
 
-    They do if counting on from the rows that have one leads there, or if they fill a sequence more.
+    They do if counting on from the rows that have one leads there; or if they fill a sequence more,
+    all with the same numbers: others may be copies of the batch's, with noise.
     """
     if places.dim() != 3:
         return False
@@ -113,7 +118,7 @@ def _only_beside(places: Tensor, sizes: Sequence[int]) -> bool:
         if bool((begins == begins[0]).all()):
             counted = counted + begins[0]
             outside = (counted < 0) | (counted >= sizes[1])
-            more = ~known.any(dim=1, keepdim=True) & (len(lines) > sizes[0])
+            more = ~known.any(dim=1, keepdim=True) & (filled and len(lines) > sizes[0])
             return bool((known | outside | more).all())
     return False
 

@@ -518,6 +518,15 @@ class ClipsInHooks(Loop):
             parameter.register_hook(lambda gradient: gradient.clamp(-0.02, 0.02))  # type: ignore[no-untyped-call]
 
 
+class WithNoise(Loop):
+    """Each sequence is trained on a second time, with noise."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        noisy = x + 0.1 * torch.randn_like(x)
+        super().training_step((torch.cat([x, noisy]), torch.cat([y, y])), batch_idx)
+
+
 class SparseGradients(Loop):
     """An embedding has sparse gradients, and an optimizer for such."""
 
@@ -708,6 +717,18 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
     "clips_in_hooks": (
         told(ClipsInHooks),
         {"gradients_are_the_chunks_own", "one_chunk_is_one_ordinary_update"},
+    ),
+    "with_noise": (
+        told(WithNoise),
+        {
+            "a_run_can_be_resumed_at_any_boundary",
+            "chunks_tile_the_sequence",
+            "gradients_span_the_whole_chunk",
+            "loss_is_the_chunks_own",
+            "no_sequence_looks_at_another",
+            "one_chunk_is_one_ordinary_update",
+            "state_sums_up_the_chunk",
+        },
     ),
     "sparse_gradients": (
         told(SparseGradients, loss=F.cross_entropy, batches=tokens, parts=shifted),
