@@ -5,6 +5,8 @@ Shapes: B sequences, T time steps, K time steps in a chunk, I inputs, O outputs.
 
 from __future__ import annotations
 
+import copy
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch.nn.functional as F  # noqa: N812 -- as everybody writes it
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn, optim
 from torch.nn.utils import parametrizations
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 import tbptt_props as tb
@@ -245,6 +248,44 @@ class ScheduledByFraction(Loop):
         for i, (x, y) in enumerate(chunks):
             state = self.train_on(x, y, state)
             schedule.step(batch_idx + i / len(chunks))
+
+
+class Teacher(Loop):
+    """A copy of the module as it was says what it would predict: the loss holds both close."""
+
+    def on_fit_start(self) -> None:
+        vars(self)["teacher"] = copy.deepcopy(self)
+
+    def loss(self, prediction: Any, target: Tensor) -> Tensor:
+        return F.mse_loss(prediction, target) + 0.5 * F.mse_loss(prediction, self.taught)
+
+    def train_on(self, x: Tensor, y: Tensor, state: Any) -> Any:
+        taught, self.teachers_state = vars(self)["teacher"](x)
+        self.taught = taught.detach()
+        return super().train_on(x, y, state)
+
+
+class GoesOnFromTheTeachers(Teacher):
+    """The state that is carried on is the copy's."""
+
+    def cut(self, state: Any) -> Any:
+        return self.teachers_state.detach()
+
+
+class EndsInItsAverage(Loop):
+    """The module is saved as a whole after each batch, and ends in the average of its updates."""
+
+    def on_fit_start(self) -> None:
+        vars(self)["average"] = AveragedModel(self.readout)
+
+    def after_the_update(self) -> None:
+        vars(self)["average"].update_parameters(self.readout)
+
+    def on_train_batch_end(self, *of_batch: Any) -> None:
+        torch.save(self.core, io.BytesIO())
+
+    def on_train_end(self) -> None:
+        self.readout.load_state_dict(vars(self)["average"].module.state_dict())
 
 
 class Holder:
@@ -609,7 +650,6 @@ OF_A_LOSS = {
     "loss_is_the_chunks_own",
     "one_chunk_is_one_ordinary_update",
 }
-
 # Each with what may be not judged of it on any case, besides what needs random numbers.
 RIGHT: dict[str, tuple[Build, set[str]]] = {
     "noise_on_the_state": (told(NoiseOnTheState), {"state_sums_up_the_chunk"}),
@@ -647,6 +687,11 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
     ),
     "own_schedule": (told(OwnSchedule), set()),
     "scheduled_by_fraction": (told(ScheduledByFraction), set()),
+    "teacher": (told(Teacher, loss=None), OF_A_LOSS),
+    "ends_in_its_average": (
+        told(EndsInItsAverage),
+        {"a_batch_knows_nothing_of_the_one_before", "a_run_can_be_resumed_at_any_boundary"},
+    ),
     "state_in_a_holder": (told(StateInAHolder), set()),
     "adversarial": (
         told(Adversarial, loss=None),
@@ -693,6 +738,10 @@ WRONG: dict[str, tuple[Build, str]] = {
     "clips_to_another": (
         told(ClipsToAnother, contract=tb.Contract(clip_norm=0.1)),
         "gradients_are_the_chunks_own",
+    ),
+    "goes_on_from_the_teachers": (
+        told(GoesOnFromTheTeachers, loss=None),
+        "state_crosses_every_boundary",
     ),
     "holder_drops_it": (told(HolderDropsIt), "state_crosses_every_boundary"),
     "holder_keeps_its_graph": (told(HolderKeepsItsGraph), "graph_crosses_no_boundary"),
