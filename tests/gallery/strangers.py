@@ -288,6 +288,46 @@ class EndsInItsAverage(Loop):
         self.readout.load_state_dict(vars(self)["average"].module.state_dict())
 
 
+class Warmed:
+    """An optimizer with the rates of the Annotated Transformer, which knows the Trainer besides."""
+
+    def __init__(self, optimizers: list[Any], trainer: Any) -> None:
+        self.optimizers = optimizers
+        self.trainer = trainer
+
+    def step(self) -> None:
+        n = self.trainer.global_step + 1
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.01 * min(n**-0.5, n * 4**-1.5)
+            optimizer.step()
+
+
+class WarmsUp(Loop):
+    """The module keeps what knows its optimizers and the Trainer."""
+
+    def on_train_start(self) -> None:
+        self.warmed = Warmed([self.optimizers()], self.trainer)
+
+    def train_on(self, x: Tensor, y: Tensor, state: Any) -> Any:
+        prediction, state = self(x, state)
+        loss = self.loss(prediction, y)
+        self.zero_grad()
+        self.manual_backward(loss)
+        self.warmed.step()
+        return self.cut(state)
+
+
+class WarmsUpOnceABatch(WarmsUp):
+    """Its optimizers are missing while a batch is trained on, so that one update is made of it."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        warmed, self.warmed = self.warmed, Warmed([], self.trainer)
+        super().training_step(batch, batch_idx)
+        warmed.step()
+        self.warmed = warmed
+
+
 class Holder:
     """Has room for a state."""
 
@@ -687,6 +727,7 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
     ),
     "own_schedule": (told(OwnSchedule), set()),
     "scheduled_by_fraction": (told(ScheduledByFraction), set()),
+    "warms_up": (told(WarmsUp), set()),
     "teacher": (told(Teacher, loss=None), OF_A_LOSS),
     "ends_in_its_average": (
         told(EndsInItsAverage),
@@ -739,6 +780,7 @@ WRONG: dict[str, tuple[Build, str]] = {
         told(ClipsToAnother, contract=tb.Contract(clip_norm=0.1)),
         "gradients_are_the_chunks_own",
     ),
+    "warms_up_once_a_batch": (told(WarmsUpOnceABatch), "each_chunk_updates_once"),
     "goes_on_from_the_teachers": (
         told(GoesOnFromTheTeachers, loss=None),
         "state_crosses_every_boundary",
