@@ -1084,6 +1084,10 @@ class Watch:
     def _made(self, optimizer: Optimizer) -> None:
         _, _, rules = self.steps.pop()
         rule = rules[-1] if rules else self._rule(optimizer)
+        if vars(optimizer).get("_optimizer_step_pre_hooks"):  # which come after torch's own
+            met = self._gradients(handed=rule.handed)
+            changed = {n: divided(optimizer, met[n]) for n in rule.handed if n in met}
+            rule = replace(rule, handed={**rule.handed, **changed})
         self.updates += 1
         for group in optimizer.param_groups:
             for p in group["params"]:

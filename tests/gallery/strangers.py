@@ -288,6 +288,71 @@ class EndsInItsAverage(Loop):
         self.readout.load_state_dict(vars(self)["average"].module.state_dict())
 
 
+class ClipsInAHook(Loop):
+    """A hook of the optimizer's own shrinks what it meets, and another clamps what it leaves."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = optim.SGD(self.parameters(), lr=0.1)
+        optimizer.register_step_pre_hook(self.before)
+        optimizer.register_step_post_hook(self.after)
+        return optimizer
+
+    def before(self, *of_step: Any) -> None:
+        nn.utils.clip_grad_norm_(self.parameters(), 0.1)
+
+    def after(self, *of_step: Any) -> None:
+        self.readout.get_parameter("weight").data.clamp_(-0.3, 0.3)
+
+
+class NoiseInAHook(ClipsInAHook):
+    """The hook adds to what was shrunk."""
+
+    def before(self, *of_step: Any) -> None:
+        super().before(*of_step)
+        for parameter in self.parameters():
+            assert parameter.grad is not None
+            parameter.grad.add_(0.1)
+
+
+class Unfreezes(Loop):
+    """The optimizer gets the core's parameters once the readout has been trained."""
+
+    trained = False
+
+    def configure_optimizers(self) -> Any:
+        self.core.requires_grad_(False)
+        return optim.SGD(self.readout.parameters(), lr=0.1, momentum=0.9)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.trainer.global_step and not self.trained:
+            self.trained = True
+            optimizer: Any = self.optimizers()
+            optimizer.add_param_group({"params": [*self.core.requires_grad_().parameters()]})
+
+
+class UnfreezesWithItsState(Unfreezes):
+    """By the way, the state goes on with its graph."""
+
+    def cut(self, state: Any) -> Any:
+        return state
+
+
+class RatedByItsLoss(Loop):
+    """The schedule is told the loss in the place of the epoch, and keeps it with its graph."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = optim.Adam(self.parameters(), lr=0.01)
+        return [optimizer], [optim.lr_scheduler.StepLR(optimizer, 1)]
+
+    def loss(self, prediction: Any, target: Tensor) -> Tensor:
+        self.last = super().loss(prediction, target)
+        return self.last
+
+    def after_the_update(self) -> None:
+        schedule: Any = self.lr_schedulers()
+        schedule.step(self.last)
+
+
 class Warmed:
     """An optimizer with the rates of the Annotated Transformer, which knows the Trainer besides."""
 
@@ -727,6 +792,11 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
     ),
     "own_schedule": (told(OwnSchedule), set()),
     "scheduled_by_fraction": (told(ScheduledByFraction), set()),
+    "clips_in_a_hook": (
+        told(ClipsInAHook, contract=tb.Contract(clip_norm=0.1)),
+        {"one_chunk_is_one_ordinary_update", "the_update_follows_the_optimizers_rule"},
+    ),
+    "unfreezes": (told(Unfreezes), {"a_batch_knows_nothing_of_the_one_before"}),
     "warms_up": (told(WarmsUp), set()),
     "teacher": (told(Teacher, loss=None), OF_A_LOSS),
     "ends_in_its_average": (
@@ -780,6 +850,12 @@ WRONG: dict[str, tuple[Build, str]] = {
         told(ClipsToAnother, contract=tb.Contract(clip_norm=0.1)),
         "gradients_are_the_chunks_own",
     ),
+    "noise_in_a_hook": (
+        told(NoiseInAHook, contract=tb.Contract(clip_norm=0.1)),
+        "gradients_are_the_chunks_own",
+    ),
+    "unfreezes_with_its_state": (told(UnfreezesWithItsState), "graph_crosses_no_boundary"),
+    "rated_by_its_loss": (told(RatedByItsLoss), "no_graph_outlives_its_chunk"),
     "warms_up_once_a_batch": (told(WarmsUpOnceABatch), "each_chunk_updates_once"),
     "goes_on_from_the_teachers": (
         told(GoesOnFromTheTeachers, loss=None),
