@@ -7,23 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tbptt_props.compiling import left_alone
 from tbptt_props.layout import joined
 from tbptt_props.process import randomness, set_randomness
+from tbptt_props.standin import Original, standing_in
 from tbptt_props.state import leaves, map_tensors, value_of
 from tbptt_props.subject import Subject, resolve
-
-Original = Callable[..., Any]
 
 LIBRARIES = ("torch", "lightning", "pytorch_lightning", "numpy")  # whose objects hold no state
 
@@ -66,24 +64,11 @@ class Forward:
         anything = self.takes_any and resolve(self.module, name) is None
         return name in self.parameters or anything
 
-    @contextlib.contextmanager
-    def replaced(self, replacement: Callable[[Original, Any, Any], Any]) -> Iterator[None]:
+    def replaced(
+        self, replacement: Callable[[Original, Any, Any], Any]
+    ) -> AbstractContextManager[None]:
         """Have `replacement(original, args, kwargs)` called in its place within the block."""
-        original = getattr(self.owner, self.attribute)
-        own = self.attribute in vars(self.owner)
-
-        @functools.wraps(original)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return replacement(original, args, kwargs)
-
-        object.__setattr__(self.owner, self.attribute, left_alone(forward))
-        try:
-            yield
-        finally:
-            if own:
-                object.__setattr__(self.owner, self.attribute, original)
-            else:
-                vars(self.owner).pop(self.attribute, None)
+        return standing_in(self.owner, self.attribute, replacement)
 
     def arguments(self, args: Any, kwargs: Mapping[str, Any]) -> Arguments:
         """Tell which argument is which: the first that is no state is the inputs."""

@@ -163,13 +163,19 @@ def _checkpoint(watch: Watch, start: int, state: Any = None, handed: bool = Fals
         graded=frozenset(
             n for n, p in parameters.items() if p.grad is not None and not p.grad.is_sparse
         ),
-        memory=tuple(copy.deepcopy(o.state_dict()) for o in watch.training.optimizers),
-        schedules=tuple(copy.deepcopy(s.state_dict()) for s in watch.training.schedulers),
+        memory=tuple(_copied(o.state_dict()) for o in watch.training.optimizers),
+        schedules=tuple(_copied(s.state_dict()) for s in watch.training.schedulers),
         randomness=randomness(),
         updates=watch.training.updates() if watch.training.updates else 0,
         state=map_tensors(same_layout, state),
         handed=handed,
     )
+
+
+def _copied(remembered: Any) -> Any:
+    """Copy what an optimizer or a scheduler remembers, be there a loss with its graph in it."""
+    attached = [leaf for leaf in leaves(remembered).values() if not leaf.is_leaf]
+    return copy.deepcopy(remembered, {id(leaf): leaf.detach().clone() for leaf in attached})
 
 
 def _trainable(module: nn.Module) -> frozenset[str]:
@@ -374,6 +380,8 @@ def _gone_on(
     wholes = [batch.whole for batch in batches]
     with going_on.forward.replaced(going_on.called), going_on.noting_rates():
         error = going_on.watchdog.over(lambda: train(subject, wholes, going_on, skip=left.batch))
+    if going_on.missing:
+        return Rerun(where, missing=going_on.missing)
     if error is not None:
         return Rerun(where, problem=f"the fresh run raised {type(error).__name__}: {error}")
     second = ending(subject.module, going_on.training, going_on.state, going_on.rates)
@@ -415,6 +423,7 @@ class _GoingOn:
         self.layout: Any = None
         self.state: Any = None
         self.rates: list[float] = []
+        self.missing = ""
         self.watchdog = Watchdog(subject.patience, longest=longest)
 
     @contextlib.contextmanager
@@ -457,12 +466,20 @@ class _GoingOn:
             parameter.grad = torch.zeros_like(parameter) if name in left.graded else None
         self._set_buffers()
         self._set_attributes()
-        for optimizer, memory in zip(self.training.optimizers, left.memory, strict=True):
-            optimizer.load_state_dict(copy.deepcopy(memory))
-        for scheduler, schedule in zip(self.training.schedulers, left.schedules, strict=True):
-            scheduler.load_state_dict(copy.deepcopy(schedule))
+        self._remind()
         self.training.set_updates(left.updates)
         set_randomness(left.randomness)
+
+    def _remind(self) -> None:
+        """Have optimizers and schedulers remember what those of the first run did."""
+        try:
+            for optimizer, memory in zip(self.training.optimizers, self.left.memory, strict=True):
+                optimizer.load_state_dict(copy.deepcopy(memory))
+            for scheduler, kept in zip(self.training.schedulers, self.left.schedules, strict=True):
+                scheduler.load_state_dict(copy.deepcopy(kept))
+        except ValueError as error:  # parameters were added to them while they trained
+            self.missing = f"optimizers that are in the end what they were at first ({error})"
+            raise
 
     @torch.no_grad()
     def _set_buffers(self) -> None:

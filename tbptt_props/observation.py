@@ -179,6 +179,9 @@ def _with_reruns(
     if trace.diverged:
         unequal = Rerun("", missing=trace.diverged)  # infinities are equal whatever they come from
         return replace(trace, one_chunk=unequal, resumed=unequal, alone=unequal)
+    if watch.moved_afterwards():
+        unknown = Rerun("", missing="parameters that nothing changes after the last batch")
+        return replace(trace, one_chunk=unknown, resumed=unknown, alone=unknown)
     first = laws.ending(watch.module, watch.training, watch.last_state, watch.rates)
     return replace(
         trace,

@@ -931,6 +931,8 @@ def apply_rule(
     """Make one update of `copies` by `rule`, in place; return the optimizer that made it."""
     if wraps_another(rule.optimizer):  # whose live memory, and parameters, an update would change
         raise TypeError("it wraps another optimizer")
+    if has_hooks(rule.optimizer):
+        raise TypeError("hooks of its own may change what it meets and what it leaves")
     handed = rule.handed if gradients is None else gradients
     spares = type(rule.optimizer).__module__.startswith("torch.optim.")  # gradients, in its rule
     groups = []
@@ -955,6 +957,12 @@ def apply_rule(
 def wraps_another(optimizer: Any) -> bool:
     """Tell whether an optimizer keeps another one, and so has a memory besides its own."""
     return any(isinstance(value, Optimizer) for value in vars(optimizer).values())
+
+
+def has_hooks(optimizer: Any) -> bool:
+    """Tell whether hooks run around the steps of this very optimizer, within what torch's see."""
+    kinds = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    return any(vars(optimizer).get(kind) for kind in kinds)
 
 
 def _own_attributes(optimizer: Optimizer) -> dict[str, Any]:

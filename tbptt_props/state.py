@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -15,31 +16,40 @@ from torch import Tensor
 def leaves(tree: Any, path: str = "state") -> dict[str, Tensor]:
     """Return the tensors in `tree` by path, `state[0]`, `state.cell` or `state['c']`, in order."""
     found: dict[str, Tensor] = {}
-    _collect(tree, path, found, frozenset())
+    _collect(tree, path, found, frozenset(), {})
     return found
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """Return a copy of `tree` with `change` applied to every tensor; `tree` stays as it is."""
+    return _mapped(change, tree, {})
+
+
+def _mapped(change: Callable[[Tensor], Tensor], tree: Any, above: Mapping[int, Any]) -> Any:
     if isinstance(tree, Tensor):
         return change(tree)
     if tree is None or isinstance(tree, (bool, int, float, str)):
         return tree
+    if id(tree) in above:  # inside itself
+        return above[id(tree)]
+    if not isinstance(tree, (Mapping, tuple, list, deque, set)):
+        return _rebuilt(change, tree, above) if leaves(tree) else tree
+    change_in = functools.partial(_mapped, change, above={**above, id(tree): tree})
     if type(tree) is dict:
-        return {key: map_tensors(change, item) for key, item in tree.items()}
+        return {key: change_in(item) for key, item in tree.items()}
     if isinstance(tree, Mapping):
-        return _rebuilt_mapping(change, tree)
+        return _rebuilt_mapping(change_in, tree)
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):  # a named tuple
-        return type(tree)(*(map_tensors(change, item) for item in tree))
+        return type(tree)(*map(change_in, tree))
     if isinstance(tree, deque):
-        return deque((map_tensors(change, item) for item in tree), tree.maxlen)
-    if isinstance(tree, (list, tuple, set)):
-        return type(tree)(map_tensors(change, item) for item in tree)
-    if not leaves(tree):
-        return tree
+        return deque(map(change_in, tree), tree.maxlen)
+    return type(tree)(map(change_in, tree))
+
+
+def _rebuilt(change: Callable[[Tensor], Tensor], tree: Any, above: Mapping[int, Any]) -> Any:
     rebuilt = copy.copy(tree)
     for name, item in _attributes(tree):
-        changed = rebuilt if item is tree else map_tensors(change, item)
+        changed = _mapped(change, item, {**above, id(tree): rebuilt})
         object.__setattr__(rebuilt, name, changed)  # a frozen dataclass refuses assignment
     return rebuilt
 
@@ -86,34 +96,64 @@ def same_layout(tensor: Tensor) -> Tensor:
     )
 
 
-def _rebuilt_mapping(change: Callable[[Tensor], Tensor], tree: Mapping[Any, Any]) -> Any:
+def _rebuilt_mapping(change_in: Callable[[Any], Any], tree: Mapping[Any, Any]) -> Any:
     if isinstance(tree, dict):
         rebuilt = copy.copy(tree)  # whatever kind of dictionary it is
         for key, item in tree.items():
-            rebuilt[key] = map_tensors(change, item)
+            rebuilt[key] = change_in(item)
         return rebuilt
-    return {key: map_tensors(change, item) for key, item in tree.items()}
+    return {key: change_in(item) for key, item in tree.items()}
 
 
-def _collect(tree: Any, path: str, found: dict[str, Tensor], above: frozenset[int]) -> None:
+# Of whose objects none is a state, nor any heir: a Trainer, an optimizer, a loader, a logger.
+_NO_STATE = (
+    "lightning",
+    "lightning_fabric",
+    "logging",
+    "pytorch_lightning",
+    "torch.optim",
+    "torch.utils.data",
+)
+
+
+def _is_no_state(tree: Any) -> bool:
+    """Tell whether an object is one of those that know half of a program, but hold no state."""
+    modules = [kind.__module__ for kind in type(tree).__mro__]
+    return any(
+        module == known or module.startswith(f"{known}.")
+        for module in modules
+        for known in _NO_STATE
+    )
+
+
+def _collect(
+    tree: Any, path: str, found: dict[str, Tensor], above: frozenset[int], barren: dict[int, Any]
+) -> None:
+    """Collect the tensors in `tree`, without what is `above` it or was seen to be `barren`."""
     if isinstance(tree, Tensor):
         found[path] = tree
         return
     if tree is None or isinstance(tree, (bool, int, float, str)):
         return
-    if id(tree) in above or isinstance(tree, (type, torch.nn.Module)):
-        return  # inside itself, or nobody's state
-    above = above | {id(tree)}
+    if id(tree) in above or id(tree) in barren or isinstance(tree, (type, torch.nn.Module)):
+        return  # inside itself, known, or nobody's state
+    known = len(found)
+    for where, item in _children(tree, path):
+        _collect(item, where, found, above | {id(tree)}, barren)
+    if len(found) == known:  # objects that know each other are come to on very many ways
+        barren[id(tree)] = tree
+
+
+def _children(tree: Any, path: str) -> list[tuple[str, Any]]:
     if isinstance(tree, Mapping):
-        children = [(f"{path}[{key!r}]", item) for key, item in tree.items()]
-    elif isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        children = [(f"{path}.{name}", getattr(tree, name)) for name in tree._fields]
-    elif isinstance(tree, (list, tuple, deque)):
-        children = [(f"{path}[{i}]", item) for i, item in enumerate(tree)]
-    else:
-        children = [(f"{path}.{name}", item) for name, item in _attributes(tree)]
-    for where, item in children:
-        _collect(item, where, found, above)
+        return [(f"{path}[{key!r}]", item) for key, item in tree.items()]
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return [(f"{path}.{name}", getattr(tree, name)) for name in tree._fields]
+    if isinstance(tree, (list, tuple, deque)):
+        return [(f"{path}[{i}]", item) for i, item in enumerate(tree)]
+    if _is_no_state(tree):
+        return []
+    return [(f"{path}.{name}", item) for name, item in _attributes(tree)]
 
 
 def _attributes(tree: Any) -> list[tuple[str, Any]]:

@@ -6,7 +6,6 @@ batches from number `skip` on, tells `watch` of each, and returns what training 
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -25,6 +24,7 @@ from tbptt_props.forward import Forward
 from tbptt_props.places import locate
 from tbptt_props.precision import Precision
 from tbptt_props.process import Hung
+from tbptt_props.standin import standing_in
 from tbptt_props.subject import Batches, ObservationError, Subject, WiringError
 from tbptt_props.watch import Training, Watching
 
@@ -113,13 +113,10 @@ def _with_lightning(
         **among,
         **_in_precision(subject.precision, torch.device(subject.device).type),
     )
-    original = module.training_step
-    own = "training_step" in vars(module)
     seen = iter(range(len(batches)))
-    takes_the_loader = "dataloader_iter" in inspect.signature(original).parameters
+    takes_the_loader = "dataloader_iter" in inspect.signature(module.training_step).parameters
 
-    @functools.wraps(original)
-    def training_step(*args: Any, **kwargs: Any) -> Any:
+    def training_step(original: Any, args: Any, kwargs: Any) -> Any:
         index = next(seen)
         handed = args[0] if args else next(iter(kwargs.values()))
         if takes_the_loader:
@@ -133,9 +130,9 @@ def _with_lightning(
         watch.batch_started(index, handed)
         return original(*args, **kwargs)
 
-    module.training_step = training_step  # type: ignore[method-assign]
     try:
-        trainer.fit(module, _Loader(batches), _Loader(validation) if validation else None)
+        with standing_in(module, "training_step", training_step):
+            trainer.fit(module, _Loader(batches), _Loader(validation) if validation else None)
     except SIGTERMException:  # somebody ends the process, and it is not the loop
         raise
     except SystemExit as error:
@@ -147,10 +144,6 @@ def _with_lightning(
             # It may need other batches than those for training: then it is nobody's mistake.
             raise WiringError(f"validation raised {error}", {"validates": False}) from error
         return error
-    finally:
-        vars(module).pop("training_step", None)
-        if own:
-            module.training_step = original  # type: ignore[method-assign]
     return None
 
 

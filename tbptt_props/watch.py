@@ -52,6 +52,7 @@ from tbptt_props.places import by_memory, lanes_of, locate, span_of, time_first
 from tbptt_props.precision import autocast_in_force, keeps_casts
 from tbptt_props.process import Hung, Watchdog, randomness
 from tbptt_props.scaling import divided, is_told_to_skip, scale_of, scalers_watched
+from tbptt_props.standin import Original, standing_in
 from tbptt_props.state import dense, leaves, side_by_side, value_of
 from tbptt_props.subject import ObservationError, Subject, WiringError
 from tbptt_props.trace import (
@@ -304,6 +305,10 @@ class Watch:
         self.halted = halted
         self._close_current()
 
+    def moved_afterwards(self) -> bool:
+        """Tell whether parameters moved when training was over: to their average, say."""
+        return any(self._moved(name) for name, _ in self.module.named_parameters())
+
     def training_begun(self, training: Training) -> None:
         """Note what is trained with, and the rules by which its optimizers update."""
         self.training = training
@@ -338,11 +343,10 @@ class Watch:
             undo.enter_context(self.lineage or contextlib.nullcontext())
             if self.layer is not None:
                 layer = self.module.get_submodule(self.layer)
-                count = self._count_layer
-                undo.callback(layer.register_forward_pre_hook(count, with_kwargs=True).remove)
+                undo.enter_context(standing_in(layer, "forward", _after(self._count_layer)))
             for name, layer in _bidirectional(self.module):
                 look = functools.partial(self._refuse_backward_state, name)
-                undo.callback(layer.register_forward_pre_hook(look, with_kwargs=True).remove)
+                undo.enter_context(standing_in(layer, "forward", _after(look)))
             undo.enter_context(self._wrapped_autograd("backward", self._backward))
             undo.enter_context(self._wrapped_autograd("grad", self._grad))
             undo.enter_context(self._wrapped_making_of_optimizers())
@@ -351,7 +355,7 @@ class Watch:
             undo.callback(register_optimizer_step_post_hook(self._after_step).remove)
             yield
 
-    def _count_layer(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
+    def _count_layer(self, args: Any, kwargs: Any) -> None:
         """Count the calls of the only layer, and those in which forward cuts its state itself."""
         self.layer_calls += 1
         if self.in_forward is not None and torch.is_grad_enabled() and not self.busy:
@@ -360,7 +364,7 @@ class Watch:
             self.layer_cuts += bool(self.in_forward and handed and not attached)
             self.in_forward += 1
 
-    def _refuse_backward_state(self, name: str, layer: nn.Module, args: Any, kwargs: Any) -> None:
+    def _refuse_backward_state(self, name: str, args: Any, kwargs: Any) -> None:
         """Refuse a layer whose backward direction goes on from the state of the chunk before."""
         if self._elsewhere() or not torch.is_grad_enabled() or not self.in_batch:
             return
@@ -1098,6 +1102,10 @@ class Watch:
     def _made(self, optimizer: Optimizer) -> None:
         _, _, rules = self.steps.pop()
         rule = rules[-1] if rules else self._rule(optimizer)
+        if vars(optimizer).get("_optimizer_step_pre_hooks"):  # which come after torch's own
+            met = self._gradients(handed=rule.handed)
+            changed = {n: divided(optimizer, met[n]) for n in rule.handed if n in met}
+            rule = replace(rule, handed={**rule.handed, **changed})
         self.updates += 1
         for group in optimizer.param_groups:
             for p in group["params"]:
@@ -1419,6 +1427,16 @@ class Watch:
 def rates_of(optimizer: Optimizer) -> list[float]:
     """Return the learning rate of each of an optimizer's groups."""
     return [float(group.get("lr", 0.0)) for group in optimizer.param_groups]
+
+
+def _after(look: Callable[[Any, Any], None]) -> Callable[[Original, Any, Any], Any]:
+    """Return what looks at the arguments of a call before it makes the call."""
+
+    def called(original: Original, args: Any, kwargs: Any) -> Any:
+        look(args, kwargs)
+        return original(*args, **kwargs)
+
+    return called
 
 
 def _only_layer(module: nn.Module) -> str | None:

@@ -1,13 +1,17 @@
 from collections import OrderedDict, UserDict, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from logging import getLogger
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.utils.data import DataLoader
 
 from tbptt_props.state import leaves, map_tensors, same_layout, value_of
 
@@ -113,6 +117,54 @@ def test_leaves_of_an_object_that_refers_to_itself_come_to_an_end() -> None:
     vars(state)["owner"] = state
 
     assert list(leaves(state)) == ["state.h"]
+
+
+def circle(*members: Plain) -> Plain:
+    """Return the first of objects of which each knows all."""
+    for member in members:
+        vars(member)["all"] = list(members)
+    return members[0]
+
+
+def test_a_value_of_objects_that_know_each_other_comes_to_an_end() -> None:
+    state = circle(Plain(A), Plain(B))
+
+    value = value_of(state)
+
+    assert list(leaves(value)) == list(leaves(state)) == ["state.h", "state.all[1].h"]
+    assert vars(value)["all"][0] is value
+    assert vars(value)["all"][1] is not vars(state)["all"][1]
+    assert torch.equal(leaves(value)["state.all[1].h"], B)
+
+
+def test_many_objects_that_know_each_other_and_no_tensor_take_no_time() -> None:
+    assert leaves(circle(*(Plain(None) for _ in range(300)))) == {}
+
+
+class OwnSGD(torch.optim.SGD):
+    """An heir, as somebody writes it."""
+
+
+def an_optimizer() -> torch.optim.Optimizer:
+    return OwnSGD([nn.Parameter(A)])
+
+
+NO_STATE: dict[str, Callable[[], Any]] = {
+    "an optimizer": an_optimizer,
+    "Lightning's": lambda: LightningOptimizer(an_optimizer()),
+    "a Trainer": lambda: Trainer(logger=False, enable_checkpointing=False, barebones=True),
+    "a scheduler": lambda: torch.optim.lr_scheduler.StepLR(an_optimizer(), 1),
+    "a loader": lambda: DataLoader([A]),  # type: ignore[arg-type]
+    "a logger": lambda: getLogger("tbptt"),
+}
+
+
+@pytest.mark.parametrize("name", NO_STATE)
+def test_no_leaf_is_looked_for_in_what_knows_half_of_a_program(name: str) -> None:
+    held = NO_STATE[name]()
+
+    assert leaves([Plain(held), A]) == {"state[1]": A}
+    assert value_of([Plain(held), A])[0].h is held
 
 
 def test_a_container_that_is_there_twice_has_its_leaves_in_both_places() -> None:

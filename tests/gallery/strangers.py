@@ -5,6 +5,8 @@ Shapes: B sequences, T time steps, K time steps in a chunk, I inputs, O outputs.
 
 from __future__ import annotations
 
+import copy
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch.nn.functional as F  # noqa: N812 -- as everybody writes it
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn, optim
 from torch.nn.utils import parametrizations
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 import tbptt_props as tb
@@ -245,6 +248,149 @@ class ScheduledByFraction(Loop):
         for i, (x, y) in enumerate(chunks):
             state = self.train_on(x, y, state)
             schedule.step(batch_idx + i / len(chunks))
+
+
+class Teacher(Loop):
+    """A copy of the module as it was says what it would predict: the loss holds both close."""
+
+    def on_fit_start(self) -> None:
+        vars(self)["teacher"] = copy.deepcopy(self)
+
+    def loss(self, prediction: Any, target: Tensor) -> Tensor:
+        return F.mse_loss(prediction, target) + 0.5 * F.mse_loss(prediction, self.taught)
+
+    def train_on(self, x: Tensor, y: Tensor, state: Any) -> Any:
+        taught, self.teachers_state = vars(self)["teacher"](x)
+        self.taught = taught.detach()
+        return super().train_on(x, y, state)
+
+
+class GoesOnFromTheTeachers(Teacher):
+    """The state that is carried on is the copy's."""
+
+    def cut(self, state: Any) -> Any:
+        return self.teachers_state.detach()
+
+
+class EndsInItsAverage(Loop):
+    """The module is saved as a whole after each batch, and ends in the average of its updates."""
+
+    def on_fit_start(self) -> None:
+        vars(self)["average"] = AveragedModel(self.readout)
+
+    def after_the_update(self) -> None:
+        vars(self)["average"].update_parameters(self.readout)
+
+    def on_train_batch_end(self, *of_batch: Any) -> None:
+        torch.save(self.core, io.BytesIO())
+
+    def on_train_end(self) -> None:
+        self.readout.load_state_dict(vars(self)["average"].module.state_dict())
+
+
+class ClipsInAHook(Loop):
+    """A hook of the optimizer's own shrinks what it meets, and another clamps what it leaves."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = optim.SGD(self.parameters(), lr=0.1)
+        optimizer.register_step_pre_hook(self.before)
+        optimizer.register_step_post_hook(self.after)
+        return optimizer
+
+    def before(self, *of_step: Any) -> None:
+        nn.utils.clip_grad_norm_(self.parameters(), 0.1)
+
+    def after(self, *of_step: Any) -> None:
+        self.readout.get_parameter("weight").data.clamp_(-0.3, 0.3)
+
+
+class NoiseInAHook(ClipsInAHook):
+    """The hook adds to what was shrunk."""
+
+    def before(self, *of_step: Any) -> None:
+        super().before(*of_step)
+        for parameter in self.parameters():
+            assert parameter.grad is not None
+            parameter.grad.add_(0.1)
+
+
+class Unfreezes(Loop):
+    """The optimizer gets the core's parameters once the readout has been trained."""
+
+    trained = False
+
+    def configure_optimizers(self) -> Any:
+        self.core.requires_grad_(False)
+        return optim.SGD(self.readout.parameters(), lr=0.1, momentum=0.9)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.trainer.global_step and not self.trained:
+            self.trained = True
+            optimizer: Any = self.optimizers()
+            optimizer.add_param_group({"params": [*self.core.requires_grad_().parameters()]})
+
+
+class UnfreezesWithItsState(Unfreezes):
+    """By the way, the state goes on with its graph."""
+
+    def cut(self, state: Any) -> Any:
+        return state
+
+
+class RatedByItsLoss(Loop):
+    """The schedule is told the loss in the place of the epoch, and keeps it with its graph."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = optim.Adam(self.parameters(), lr=0.01)
+        return [optimizer], [optim.lr_scheduler.StepLR(optimizer, 1)]
+
+    def loss(self, prediction: Any, target: Tensor) -> Tensor:
+        self.last = super().loss(prediction, target)
+        return self.last
+
+    def after_the_update(self) -> None:
+        schedule: Any = self.lr_schedulers()
+        schedule.step(self.last)
+
+
+class Warmed:
+    """An optimizer with the rates of the Annotated Transformer, which knows the Trainer besides."""
+
+    def __init__(self, optimizers: list[Any], trainer: Any) -> None:
+        self.optimizers = optimizers
+        self.trainer = trainer
+
+    def step(self) -> None:
+        n = self.trainer.global_step + 1
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.01 * min(n**-0.5, n * 4**-1.5)
+            optimizer.step()
+
+
+class WarmsUp(Loop):
+    """The module keeps what knows its optimizers and the Trainer."""
+
+    def on_train_start(self) -> None:
+        self.warmed = Warmed([self.optimizers()], self.trainer)
+
+    def train_on(self, x: Tensor, y: Tensor, state: Any) -> Any:
+        prediction, state = self(x, state)
+        loss = self.loss(prediction, y)
+        self.zero_grad()
+        self.manual_backward(loss)
+        self.warmed.step()
+        return self.cut(state)
+
+
+class WarmsUpOnceABatch(WarmsUp):
+    """Its optimizers are missing while a batch is trained on, so that one update is made of it."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        warmed, self.warmed = self.warmed, Warmed([], self.trainer)
+        super().training_step(batch, batch_idx)
+        warmed.step()
+        self.warmed = warmed
 
 
 class Holder:
@@ -659,7 +805,6 @@ OF_A_LOSS = {
     "loss_is_the_chunks_own",
     "one_chunk_is_one_ordinary_update",
 }
-
 # Each with what may be not judged of it on any case, besides what needs random numbers.
 RIGHT: dict[str, tuple[Build, set[str]]] = {
     "noise_on_the_state": (told(NoiseOnTheState), {"state_sums_up_the_chunk"}),
@@ -697,6 +842,17 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
     ),
     "own_schedule": (told(OwnSchedule), set()),
     "scheduled_by_fraction": (told(ScheduledByFraction), set()),
+    "clips_in_a_hook": (
+        told(ClipsInAHook, contract=tb.Contract(clip_norm=0.1)),
+        {"one_chunk_is_one_ordinary_update", "the_update_follows_the_optimizers_rule"},
+    ),
+    "unfreezes": (told(Unfreezes), {"a_batch_knows_nothing_of_the_one_before"}),
+    "warms_up": (told(WarmsUp), set()),
+    "teacher": (told(Teacher, loss=None), OF_A_LOSS),
+    "ends_in_its_average": (
+        told(EndsInItsAverage),
+        {"a_batch_knows_nothing_of_the_one_before", "a_run_can_be_resumed_at_any_boundary"},
+    ),
     "state_in_a_holder": (told(StateInAHolder), set()),
     "adversarial": (
         told(Adversarial, loss=None),
@@ -763,6 +919,17 @@ WRONG: dict[str, tuple[Build, str]] = {
     "clips_to_another": (
         told(ClipsToAnother, contract=tb.Contract(clip_norm=0.1)),
         "gradients_are_the_chunks_own",
+    ),
+    "noise_in_a_hook": (
+        told(NoiseInAHook, contract=tb.Contract(clip_norm=0.1)),
+        "gradients_are_the_chunks_own",
+    ),
+    "unfreezes_with_its_state": (told(UnfreezesWithItsState), "graph_crosses_no_boundary"),
+    "rated_by_its_loss": (told(RatedByItsLoss), "no_graph_outlives_its_chunk"),
+    "warms_up_once_a_batch": (told(WarmsUpOnceABatch), "each_chunk_updates_once"),
+    "goes_on_from_the_teachers": (
+        told(GoesOnFromTheTeachers, loss=None),
+        "state_crosses_every_boundary",
     ),
     "holder_drops_it": (told(HolderDropsIt), "state_crosses_every_boundary"),
     "holder_keeps_its_graph": (told(HolderKeepsItsGraph), "graph_crosses_no_boundary"),
