@@ -75,6 +75,9 @@ class _Canary:
     """Hung into a graph; dead when the graph is."""
 
 
+_Graph = tuple[int, str, list[weakref.ref[_Canary]]]  # a chunk's: its batch, its name, its canaries
+
+
 @dataclass
 class Training:
     """What is trained with, as far as whoever trains knows it."""
@@ -83,6 +86,7 @@ class Training:
     schedulers: Sequence[Any] = ()
     updates: Callable[[], int] | None = None  # as the trainer counts them
     set_updates: Callable[[int], None] = field(default=lambda count: None)
+    let_go: Callable[[], None] = field(default=lambda: None)  # of graphs the trainer itself holds
 
 
 class Watching(Protocol):
@@ -214,7 +218,7 @@ class Watch:
         self.memory: dict[int, tuple[type, Mapping[str, Any]]] = {}  # by parameter's id
         self.early: list[tuple[object, Rule]] = []
         self.steps: list[tuple[object, Optimizer, list[Rule]]] = []  # optimizer steps under way
-        self.graphs: list[tuple[str, list[weakref.ref[_Canary]]]] = []
+        self.graphs: list[_Graph] = []
         self.outlived: list[str] = []
         self.halted = False
         self.watched = 0
@@ -287,7 +291,7 @@ class Watch:
         self._look_at_parameters(f"the end of batch {index}")
         self._drop_open_calls()
         self._close_current()
-        self._note_graphs(allowed=1)
+        self._note_graphs()
         self._note_changes(index)
 
     def backward_announced(self, loss: Tensor) -> None:
@@ -1184,7 +1188,7 @@ class Watch:
             self.consumed = [*self.consumed[-8:], (live.calls[0].opened, last.closed, str(chunk))]
             self.horizon = max(self.horizon, last.closed)
             canaries = [canary for call in live.calls for canary in call.canaries]
-            self.graphs.append((str(chunk), canaries))
+            self.graphs.append((live.batch, str(chunk), canaries))
             if self.keeps_first and not self.closed:
                 self.first = chunk
             self.closed.append(chunk.slim())
@@ -1193,16 +1197,23 @@ class Watch:
             self.trained.add((live.batch, live.calls[0].snapshot.trainable))
             del live, last
             if not self.halted:  # what was under way when training raised is still held
-                self._note_graphs(allowed=1)
+                self._note_graphs(batch=chunk.batch)
             self.busy = True
             try:
                 self.hand_on(chunk)
             finally:
                 self.busy = False
 
-    def _note_graphs(self, *, allowed: int) -> None:
-        """Look whether graphs live on that are due to be gone: all but the last `allowed`."""
-        due = self.graphs[: len(self.graphs) - allowed]
+    def _note_graphs(self, *, batch: int | None = None) -> None:
+        """Look whether graphs live on that are due to be gone: all but the last one, of `batch`.
+
+        The last chunk of the batch before may be held until this one is done, as by a metric that
+        is logged once a batch: there is never more than one such.
+        """
+        others = sum(batch not in (None, graph[0]) for graph in self.graphs)
+        due = self.graphs[others:-1]
+        if _alive(due):
+            self.training.let_go()
         if _alive(due) and not self.outlived:
             gc.collect(1)  # only a cycle may be holding it, which is nobody's mistake
         if _alive(due) and not self.outlived:
@@ -1210,8 +1221,8 @@ class Watch:
         if _alive(due) and calls_itself():
             return  # its locals are there until it returns: looked at again at the batch's end
         if _alive(due):
-            self.outlived.extend(label for label, _ in _alive(due))
-        self.graphs = self.graphs[len(due) :]
+            self.outlived.extend(label for _, label, _ in _alive(due))
+        self.graphs = [*self.graphs[:others], *self.graphs[-1:]]
 
     def _is_reworked(self, live: _LiveChunk) -> bool:
         """Tell whether the loop makes another state of what forward returns, at every time step.
@@ -1433,10 +1444,8 @@ def plain_attributes(module: nn.Module) -> dict[str, dict[str, Any]]:
     }
 
 
-def _alive(
-    graphs: Sequence[tuple[str, list[weakref.ref[_Canary]]]],
-) -> list[tuple[str, list[weakref.ref[_Canary]]]]:
-    return [graph for graph in graphs if any(canary() is not None for canary in graph[1])]
+def _alive(graphs: Sequence[_Graph]) -> list[_Graph]:
+    return [graph for graph in graphs if any(canary() is not None for canary in graph[2])]
 
 
 def _turns(calls: Sequence[_LiveCall]) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn, optim
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
+from torchmetrics import MeanSquaredError
 
 import tbptt_props as tb
 
@@ -396,6 +397,50 @@ class Metered(Loop):
         self.metric.total += 1
 
 
+class LogsAMetric(Loop):
+    """Lightning's log holds what a metric came to, graph and all, until it is logged again."""
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.metric = MeanSquaredError()
+
+    def train_on(self, x: Tensor, y: Tensor, state: Any) -> Any:
+        prediction, after = self(x, state)
+        self.metric(prediction.reshape(-1), y.reshape(-1))
+        opt: Any = self.optimizers()
+        opt.zero_grad()
+        self.manual_backward(self.loss(prediction, y))
+        opt.step()
+        return self.cut(after)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        super().training_step(batch, batch_idx)
+        if batch_idx == 0:
+            self.log("error", self.metric)
+
+
+class KeepsItsLastLoss(Loop):
+    """What the batch ended in is kept until the next one has ended."""
+
+    last: Any = None
+
+    def loss(self, prediction: Any, target: Tensor) -> Tensor:
+        self.latest = super().loss(prediction, target)
+        return self.latest
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        super().training_step(batch, batch_idx)
+        self.keep(self.latest)
+
+    def keep(self, loss: Tensor) -> None:
+        self.last = loss
+
+
+class KeepsAllLastLosses(KeepsItsLastLoss):
+    def keep(self, loss: Tensor) -> None:
+        self.last = [*(self.last or ()), loss]
+
+
 class CellInTheLoop(Loop):
     """There is no forward: the loop calls a cell once a time step."""
 
@@ -656,6 +701,8 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
     "calls_itself": (told(CallsItself), set()),
     "checkpointed": (told(Checkpointed), {"gradients_span_the_whole_chunk"}),
     "metered": (told(Metered), set()),
+    "logs_a_metric": (told(LogsAMetric), set()),
+    "keeps_its_last_loss": (told(KeepsItsLastLoss), set()),
     "cell_in_the_loop": (told(CellInTheLoop), {*OF_A_LOSS, "state_sums_up_the_chunk"}),
     "cuts_in_forward": (
         told(CutsInForward, contract=tb.Contract(update="batch")),
@@ -688,6 +735,7 @@ WRONG: dict[str, tuple[Build, str]] = {
         "gradients_span_the_whole_chunk",
     ),
     "recursion_attached": (told(RecursionAttached), "graph_crosses_no_boundary"),
+    "keeps_all_last_losses": (told(KeepsAllLastLosses), "no_graph_outlives_its_chunk"),
     "losses_kept_by_recursion": (told(LossesKeptByRecursion), "no_graph_outlives_its_chunk"),
     "judge_not_cleared": (told(JudgeNotCleared, loss=None), "events_come_in_a_legal_order"),
     "clips_to_another": (
