@@ -535,6 +535,8 @@ def one_chunk(
         return Rerun(where, missing=_OWN_UPDATES)
     if overflowed(chunk):
         return Rerun(where, missing=SKIPPED)
+    if chunk.evaluations > 1:
+        return Rerun(where, missing="an update by gradients of a single evaluation")
     if chunk.followed:
         return Rerun(where, missing=_OWN_INPUTS)
     if chunk.padded:

@@ -33,7 +33,7 @@ from torch.optim.optimizer import (
 from tbptt_props.aims import targets_of
 from tbptt_props.batch import Batch
 from tbptt_props.byhand import BY_HAND, Rate
-from tbptt_props.compare import difference, same, scaling, scalings
+from tbptt_props.compare import close, difference, same, same_leaves, scaling, scalings
 from tbptt_props.device import drawn
 from tbptt_props.forward import Arguments, Forward
 from tbptt_props.graph import (
@@ -897,10 +897,28 @@ class Watch:
 
     def _is_evaluated_again(self, calls: list[_LiveCall], step: object | None) -> bool:
         """Tell whether a closure runs the current chunk once more, and not the next one."""
-        if step is None or self.current is None or self.current.step is not step:
+        if self.current is None:
             return False
         one, other = _joined(self.current.calls), _joined(calls)
-        return one is None or other is None or torch.equal(one, other)
+        if step is not None and self.current.step is step:
+            return one is None or other is None or torch.equal(one, other)
+        if one is None or other is None or not torch.equal(one, other):
+            return False
+        return self._is_tried_elsewhere(self.current, calls)
+
+    def _is_tried_elsewhere(self, chunk: _LiveChunk, calls: list[_LiveCall]) -> bool:
+        """Tell whether a chunk is run again because its update is due to gradients from elsewhere.
+
+        So it is where the parameters were moved up the slope after its backward (SAM).
+        """
+        before, now = chunk.calls[0], calls[0]
+        if chunk.rules or not chunk.complete or self.subject.contract.adds_up:
+            return False
+        if not same_leaves(leaves(before.call.state), leaves(now.call.state)):
+            return False
+        there = now.snapshot.parameters
+        moved = not same_leaves(before.snapshot.parameters, there)
+        return moved and not any(map(self._has_gradient, self.names.values()))
 
     def _is_other_sequences_turn(self, calls: list[_LiveCall]) -> bool:
         """Tell whether calls run the current chunk's time steps of sequences it has not had yet.
@@ -1020,8 +1038,11 @@ class Watch:
         if closure is None:
             rules.append(self._rule(optimizer))
             return None
+        self._note_moves("the update")
 
         def watched_closure() -> Any:
+            if not rules:
+                self._take_parameters()  # the update may go up the slope before it asks for it
             result = closure()
             if not rules:  # what comes after is moved by the update itself
                 rules.append(self._rule(optimizer))
@@ -1048,6 +1069,7 @@ class Watch:
         """Write down what an update is about to go by."""
         self._take_tentative()
         self._note_moves("the update")
+        self._forget_what_came_back()
         names = set(self._owned(optimizer))
         known = (self.current.left or self.current.gradients) if self.current else None
         gradients = self._gradients(handed=known)
@@ -1063,6 +1085,18 @@ class Watch:
             handed={n: divided(optimizer, g) for n, g in gradients.items() if n in names},
             before=self.known,
         )
+
+    def _forget_what_came_back(self) -> None:
+        """Take no move for one that was undone before the update, the chunk being run in between.
+
+        What is taken off again comes back but for rounding.
+        """
+        chunk = self.current
+        if chunk is None or chunk.evaluations == 1 or not self.moves:
+            return
+        began = chunk.calls[0].snapshot.parameters
+        if all(close(p, self.known[name], rounded=False) for name, p in began.items()):
+            self.moves = []
 
     def _remembered(self, optimizer: Optimizer) -> dict[str, Mapping[str, Any]]:
         """Return what the update before left in the optimizer's memory, or what is there now."""

@@ -441,6 +441,104 @@ class KeepsAllLastLosses(KeepsItsLastLoss):
         self.last = [*(self.last or ()), loss]
 
 
+class SAM(optim.Optimizer):
+    """Goes up the slope, and takes the gradient there for its update."""
+
+    def __init__(self, parameters: Any, rate: float = 0.1) -> None:
+        super().__init__(parameters, {"lr": rate})
+        self.base = optim.SGD(self.param_groups, lr=rate)
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        owned = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.stack([p.grad.norm() for p in owned]).norm()
+        for p in owned:
+            self.state[p]["off"] = 0.05 * p.grad / (norm + 1e-12)
+            p.add_(self.state[p]["off"])
+        self.zero_grad()
+
+    @torch.no_grad()
+    def come_back(self) -> None:
+        for p in [p for group in self.param_groups for p in group["params"]]:
+            p.sub_(self.state[p]["off"])
+
+    def step(self, closure: Any = None) -> Any:
+        self.first_step()
+        with torch.enable_grad():
+            closure()
+        self.come_back()
+        self.base.step()
+        self.zero_grad()
+
+
+class SharpnessAware(Loop):
+    """Its optimizer evaluates a closure after the backward that came before."""
+
+    def train_on(self, x: Tensor, y: Tensor, state: Any) -> Any:
+        def evaluated() -> Any:
+            prediction, after = self(x, state)
+            self.manual_backward(self.loss(prediction, y))
+            return after
+
+        opt: Any = self.optimizers()
+        after = evaluated()
+        self.update(opt, evaluated)
+        return self.cut(after)
+
+    def update(self, opt: Any, evaluated: Any) -> None:
+        opt.step(evaluated)
+
+    def configure_optimizers(self) -> Any:
+        return SAM(self.parameters())
+
+
+class SharpnessAwareInTwo(SharpnessAware):
+    """The loop evaluates the chunk again itself, between the two halves of an update."""
+
+    def update(self, opt: Any, evaluated: Any) -> None:
+        self.sam.first_step()
+        evaluated()
+        self.come_back()
+        opt.step()
+        opt.zero_grad()
+
+    def come_back(self) -> None:
+        self.sam.come_back()
+
+    def configure_optimizers(self) -> Any:
+        self.sam = SAM(self.parameters())
+        return self.sam.base
+
+
+class NeverComesBack(SharpnessAwareInTwo):
+    """The update starts from up the slope."""
+
+    def come_back(self) -> None:
+        """Stay there."""
+
+
+class UpdatesTwice(SharpnessAware):
+    """Each chunk is trained on twice."""
+
+    def update(self, opt: Any, evaluated: Any) -> None:
+        for _ in range(2):
+            opt.step()
+            opt.zero_grad()
+            evaluated()
+        opt.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        return optim.SGD(self.parameters(), lr=0.1)
+
+
+class AddsUpEvaluations(UpdatesTwice):
+    """A closure clears nothing: the gradients of two evaluations make one update."""
+
+    def update(self, opt: Any, evaluated: Any) -> None:
+        opt.step(lambda: evaluated() and None)
+        opt.zero_grad()
+
+
 class CellInTheLoop(Loop):
     """There is no forward: the loop calls a cell once a time step."""
 
@@ -655,6 +753,11 @@ OF_A_LOSS = {
     "one_chunk_is_one_ordinary_update",
 }
 
+OF_AN_UPDATE_IN_TWO = {
+    "one_chunk_is_one_ordinary_update",
+    "the_update_follows_the_optimizers_rule",
+}
+
 # Each with what may be not judged of it on any case, besides what needs random numbers.
 RIGHT: dict[str, tuple[Build, set[str]]] = {
     "noise_on_the_state": (told(NoiseOnTheState), {"state_sums_up_the_chunk"}),
@@ -702,6 +805,12 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
     "checkpointed": (told(Checkpointed), {"gradients_span_the_whole_chunk"}),
     "metered": (told(Metered), set()),
     "logs_a_metric": (told(LogsAMetric), set()),
+    "sharpness_aware": (
+        told(SharpnessAware),
+        OF_AN_UPDATE_IN_TWO
+        | {"a_batch_knows_nothing_of_the_one_before", "a_run_can_be_resumed_at_any_boundary"},
+    ),
+    "sharpness_aware_in_two": (told(SharpnessAwareInTwo), OF_AN_UPDATE_IN_TWO),
     "keeps_its_last_loss": (told(KeepsItsLastLoss), set()),
     "cell_in_the_loop": (told(CellInTheLoop), {*OF_A_LOSS, "state_sums_up_the_chunk"}),
     "cuts_in_forward": (
@@ -736,6 +845,9 @@ WRONG: dict[str, tuple[Build, str]] = {
     ),
     "recursion_attached": (told(RecursionAttached), "graph_crosses_no_boundary"),
     "keeps_all_last_losses": (told(KeepsAllLastLosses), "no_graph_outlives_its_chunk"),
+    "never_comes_back": (told(NeverComesBack), "nothing_but_the_update_moves_parameters"),
+    "updates_twice": (told(UpdatesTwice), "chunks_tile_the_sequence"),
+    "adds_up_evaluations": (told(AddsUpEvaluations), "chunks_tile_the_sequence"),
     "losses_kept_by_recursion": (told(LossesKeptByRecursion), "no_graph_outlives_its_chunk"),
     "judge_not_cleared": (told(JudgeNotCleared, loss=None), "events_come_in_a_legal_order"),
     "clips_to_another": (
