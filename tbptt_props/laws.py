@@ -38,7 +38,17 @@ from tbptt_props.process import Watchdog, randomness, set_randomness
 from tbptt_props.rederivation import apply_rule, put_buffer, rederive, wraps_another
 from tbptt_props.state import leaves, map_tensors, same_layout, value_of
 from tbptt_props.subject import Subject
-from tbptt_props.trace import REWORKED, Chunk, Ending, Rerun, Rule, Span, Tensors, time_dimension
+from tbptt_props.trace import (
+    CHAINED,
+    REWORKED,
+    Chunk,
+    Ending,
+    Rerun,
+    Rule,
+    Span,
+    Tensors,
+    time_dimension,
+)
 from tbptt_props.train import train
 from tbptt_props.watch import Training, Watch, plain_attributes, rates_of
 
@@ -537,6 +547,8 @@ def one_chunk(
         return Rerun(where, missing=SKIPPED)
     if chunk.evaluations > 1:
         return Rerun(where, missing="an update by gradients of a single evaluation")
+    if chunk.outcome.chained:
+        return Rerun(where, missing=CHAINED)
     if chunk.followed:
         return Rerun(where, missing=_OWN_INPUTS)
     if chunk.padded:

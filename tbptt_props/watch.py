@@ -39,6 +39,7 @@ from tbptt_props.forward import Arguments, Forward
 from tbptt_props.graph import (
     any_within,
     mark,
+    marked,
     nodes_behind,
     numbers_behind,
     sequence_number,
@@ -69,6 +70,7 @@ from tbptt_props.trace import (
 )
 
 _PREDICTION = "tbptt prediction"  # marks its node in the graph
+_STATE = "tbptt state"
 
 
 class _Canary:
@@ -184,6 +186,8 @@ class _LiveChunk:
     lines: dict[Kind, Line] = field(default_factory=dict)
     besides: frozenset[str] = frozenset()
     scale: float = 1.0  # by which a scaler multiplied the loss
+    by_slope: bool = False  # backward was handed the slope of a loss, and not its value
+    chained: bool = False  # backward started from a state as well
     divided: bool | None = None  # by a scaler, and all of them as backward left them
 
 
@@ -454,6 +458,8 @@ class Watch:
                 state_after=self.last_state,
             )
             live.hands_on_a_graph = any(leaf.grad_fn for leaf in leaves(after).values())
+            for leaf in leaves(after).values():
+                mark(leaf, _STATE)
             if pair[0].grad_fn is not None:
                 # What `outputs` made of it may not be behind what the loop keeps.
                 raw = leaves(returned).values() if self.subject.outputs else ()
@@ -645,7 +651,7 @@ class Watch:
 
     # Backward -------------------------------------------------------------------------------
 
-    def _backward(self, run: Callable[[], Any], roots: list[Tensor]) -> Any:
+    def _backward(self, run: functools.partial[Any], roots: list[Tensor]) -> Any:
         self.watchdog.fed()
         with self._own_code():
             self._look_before_backward()
@@ -660,7 +666,8 @@ class Watch:
             self._note_what_was_cleared()
         if chunk is None:
             return self._past_forward(run, numbers)
-        self._refuse_odd_losses(roots)
+        slopes = _slopes_handed(run, roots)
+        loss = sum(map(self._loss_of, roots, slopes))
         if self.lightning_updates is not None:
             chunk.through_lightning = through and chunk.through_lightning is not False
         before = len(chunk.events)
@@ -671,7 +678,10 @@ class Watch:
                 for call, cotangent in gathered.items():
                     earlier = call.cotangent
                     call.cotangent = cotangent if earlier is None else earlier + cotangent
-                chunk.loss += sum(float(root.detach()) for root in roots)
+                chunk.loss += loss
+                handed = [r for r, slope in zip(roots, slopes, strict=True) if slope is not None]
+                chunk.by_slope = chunk.by_slope or any(root.dim() > 0 for root in handed)
+                chunk.chained = chunk.chained or any(map(_is_state, handed))
                 used = {n: g for n, g in caught.items() if not self.by_hand or self._moved(n)}
                 self._take_gradients(chunk, used)
                 chunk.complete = True
@@ -854,12 +864,17 @@ class Watch:
                 self.problem = error
                 raise
 
-    def _refuse_odd_losses(self, roots: list[Tensor]) -> None:
-        for root in roots:
-            if root.numel() != 1:
-                raise self._fail(
-                    f"the loss must be a scalar, got a tensor of shape {tuple(root.shape)}"
-                )
+    def _loss_of(self, root: Tensor, slope: Tensor | None) -> float:
+        """Return what a root of backward adds to the loss: as much as it is handed for it."""
+        if _is_state(root):
+            return 0.0  # its slope is handed on from the loss of a later call
+        if slope is not None:
+            return float((root.detach() * slope.detach()).sum())
+        if root.numel() != 1:
+            raise self._fail(
+                f"the loss must be a scalar, got a tensor of shape {tuple(root.shape)}"
+            )
+        return float(root.detach())
 
     def _chunk_of(self, numbers: list[int]) -> _LiveChunk | None:
         """Find the chunk that a backward through these nodes belongs to; begin one if need be."""
@@ -1343,6 +1358,8 @@ class Watch:
                 returned=live.returned,
                 idle=live.idle,
                 besides=live.besides,
+                by_slope=live.by_slope,
+                chained=live.chained,
                 scale=live.scale if live.divided or not live.rules else 1.0,
             ),
             starts_batch=live.starts_batch,
@@ -1476,6 +1493,18 @@ def plain_attributes(module: nn.Module) -> dict[str, dict[str, Any]]:
         }
         for name, part in module.named_modules()
     }
+
+
+def _slopes_handed(run: functools.partial[Any], roots: list[Tensor]) -> list[Tensor | None]:
+    """Return with which slope backward starts from each of its roots, where it is handed any."""
+    asked = inspect.signature(run.func).bind(*run.args, **run.keywords).arguments
+    handed = asked.get("grad_tensors")
+    slopes = [handed] if handed is None or isinstance(handed, Tensor) else list(handed)
+    return [*slopes, *(None for _ in roots[len(slopes) :])]
+
+
+def _is_state(root: Tensor) -> bool:
+    return bool(marked(root, _STATE)) and not marked(root, _PREDICTION)
 
 
 def _alive(graphs: Sequence[_Graph]) -> list[_Graph]:

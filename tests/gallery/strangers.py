@@ -539,6 +539,70 @@ class AddsUpEvaluations(UpdatesTwice):
         opt.zero_grad()
 
 
+class SlopesByHand(Loop):
+    """Backward starts from the predictions, and is handed the loss's slope."""
+
+    def train_on(self, x: Tensor, y: Tensor, state: Any) -> Any:
+        prediction, after = self(x, state)
+        opt: Any = self.optimizers()
+        opt.zero_grad()
+        self.manual_backward(prediction, gradient=self.slope(prediction.detach(), y))
+        opt.step()
+        return self.cut(after)
+
+    def slope(self, prediction: Tensor, y: Tensor) -> Tensor:
+        return 2 * (prediction - y) / y.numel()
+
+
+class SlopesTooSteep(SlopesByHand):
+    """Those of a sum, and not of a mean."""
+
+    def slope(self, prediction: Tensor, y: Tensor) -> Tensor:
+        return 2 * (prediction - y)
+
+
+class WeighsSequences(Loop):
+    """The loss has a number for each sequence, and backward their weights."""
+
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        super().manual_backward(loss, gradient=self.weights(loss))
+
+    def loss(self, prediction: Any, target: Tensor) -> Tensor:
+        return F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2))
+
+    def weights(self, loss: Tensor) -> Tensor:
+        return torch.full_like(loss, 1 / len(loss))
+
+
+class WeighsOneSequence(WeighsSequences):
+    def weights(self, loss: Tensor) -> Tensor:
+        return torch.eye(len(loss), dtype=loss.dtype)[0]
+
+
+class ChainsByHand(Loop):
+    """The loop hands the gradient of each time step's state back to the time step before."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        state = batch[0].new_zeros(1, len(batch[0]), self.readout.in_features)
+        for x, y in zip(*(part.split(self.k, dim=1) for part in batch), strict=True):
+            state = self.train_on(x, y, state)
+
+    def train_on(self, x: Tensor, y: Tensor, state: Any) -> Any:
+        opt: Any = self.optimizers()
+        predictions, began, ended = [], [], []
+        for now in x.unbind(1):
+            began.append(state.detach().requires_grad_())
+            prediction, state = self(now.unsqueeze(1), began[-1])
+            predictions.append(prediction)
+            ended.append(state)
+        opt.zero_grad()
+        self.manual_backward(self.loss(torch.cat(predictions, dim=1), y), retain_graph=True)
+        for i in range(len(ended) - 1, 0, -1):
+            self.manual_backward(ended[i - 1], gradient=began[i].grad, retain_graph=True)
+        opt.step()
+        return self.cut(state)
+
+
 class CellInTheLoop(Loop):
     """There is no forward: the loop calls a cell once a time step."""
 
@@ -805,6 +869,12 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
     "checkpointed": (told(Checkpointed), {"gradients_span_the_whole_chunk"}),
     "metered": (told(Metered), set()),
     "logs_a_metric": (told(LogsAMetric), set()),
+    "slopes_by_hand": (told(SlopesByHand), set()),
+    "weighs_sequences": (told(WeighsSequences), set()),
+    "chains_by_hand": (
+        told(ChainsByHand),
+        {"one_chunk_is_one_ordinary_update", "state_sums_up_the_chunk"},
+    ),
     "sharpness_aware": (
         told(SharpnessAware),
         OF_AN_UPDATE_IN_TWO
@@ -848,6 +918,8 @@ WRONG: dict[str, tuple[Build, str]] = {
     "never_comes_back": (told(NeverComesBack), "nothing_but_the_update_moves_parameters"),
     "updates_twice": (told(UpdatesTwice), "chunks_tile_the_sequence"),
     "adds_up_evaluations": (told(AddsUpEvaluations), "chunks_tile_the_sequence"),
+    "slopes_too_steep": (told(SlopesTooSteep), "loss_is_the_chunks_own"),
+    "weighs_one_sequence": (told(WeighsOneSequence), "loss_is_the_chunks_own"),
     "losses_kept_by_recursion": (told(LossesKeptByRecursion), "no_graph_outlives_its_chunk"),
     "judge_not_cleared": (told(JudgeNotCleared, loss=None), "events_come_in_a_legal_order"),
     "clips_to_another": (
