@@ -835,6 +835,8 @@ class Watch:
         asked, self.tentative = self.tentative, None
         if asked is None or not all(call in self.open for call in asked.calls):
             return
+        current = self.current
+        before = {} if self._opens() or current is None else current.left or current.gradients
         chunk = self._chunk_of(asked.numbers)
         if chunk is None:
             return
@@ -846,11 +848,24 @@ class Watch:
         chunk.besides |= asked.besides
         if self.by_hand:
             chunk.gradients, chunk.returned, chunk.standing = asked.returned, True, {}
+        elif self.subject.contract.adds_up and asked.returned:
+            self._add_up(chunk, asked.returned, before)
         else:
             chunk.gradients = self._gradients(handed=None)
         chunk.complete = True
         if self.lightning_updates is not None:
             chunk.through_lightning = False
+
+    def _add_up(self, chunk: _LiveChunk, returned: Tensors, before: Tensors) -> None:
+        """Take the gradients that a loop was handed, which it adds up itself for an update."""
+        chunk.gradients, chunk.returned, chunk.standing = returned, True, before
+        both = before.keys() & returned.keys()
+        chunk.left = {**before, **returned, **{n: before[n] + returned[n] for n in both}}
+
+    def _take_spent(self) -> None:
+        """Take gradients that were asked for, and can't be again, where an update comes later."""
+        if self.subject.contract.adds_up and self.tentative is not None and self.tentative.spent:
+            self._take_tentative()
 
     @contextlib.contextmanager
     def _own_code(self) -> Iterator[None]:
@@ -1185,10 +1200,13 @@ class Watch:
         """Tell what moved before a backward from the update that may follow it."""
         if self.by_hand:
             self._look_at_parameters("backward")
+        else:
+            self._take_spent()
 
     def _note_update_by_hand(self) -> None:
         """Take what has moved since a chunk's backward for the update that nobody announced."""
         if not self.by_hand:
+            self._take_spent()
             return
         moved = {name for name, _ in self.module.named_parameters() if self._moved(name)}
         if moved or (self.tentative is not None and self.tentative.spent):

@@ -603,6 +603,33 @@ class ChainsByHand(Loop):
         return self.cut(state)
 
 
+class AddsUpByHand(Loop):
+    """Autograd returns each chunk's gradients; their sum is put in place for one update."""
+
+    def train_in_plain(self, batches: Any) -> None:
+        opt = self.configure_optimizers()
+        for batch in batches:
+            self.sums = [torch.zeros_like(p) for p in self.parameters()]
+            self.training_step(batch, 0)
+            for p, gradient in zip(self.parameters(), self.sums, strict=True):
+                p.grad = gradient
+            opt.step()
+
+    def train_on(self, x: Tensor, y: Tensor, state: Any) -> Any:
+        prediction, state = self(x, state)
+        found = torch.autograd.grad(self.loss(prediction, y), [*self.parameters()])
+        self.sums = self.added(self.sums, found)
+        return self.cut(state)
+
+    def added(self, sums: list[Tensor], found: tuple[Tensor, ...]) -> list[Tensor]:
+        return [one + other for one, other in zip(sums, found, strict=True)]
+
+
+class KeepsTheLatest(AddsUpByHand):
+    def added(self, sums: list[Tensor], found: tuple[Tensor, ...]) -> list[Tensor]:
+        return [*found]
+
+
 class CellInTheLoop(Loop):
     """There is no forward: the loop calls a cell once a time step."""
 
@@ -817,6 +844,10 @@ OF_A_LOSS = {
     "one_chunk_is_one_ordinary_update",
 }
 
+IN_PLAIN: dict[str, Any] = {
+    "train": lambda module, batches: module.train_in_plain(batches),
+    "contract": tb.Contract(update="batch"),
+}
 OF_AN_UPDATE_IN_TWO = {
     "one_chunk_is_one_ordinary_update",
     "the_update_follows_the_optimizers_rule",
@@ -875,6 +906,15 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
         told(ChainsByHand),
         {"one_chunk_is_one_ordinary_update", "state_sums_up_the_chunk"},
     ),
+    "adds_up_by_hand": (
+        told(AddsUpByHand, **IN_PLAIN),
+        {
+            "a_batch_knows_nothing_of_the_one_before",
+            "a_run_can_be_resumed_at_any_boundary",
+            "backward_goes_through_manual_backward",
+            "updates_go_through_lightnings_optimizer",
+        },
+    ),
     "sharpness_aware": (
         told(SharpnessAware),
         OF_AN_UPDATE_IN_TWO
@@ -920,6 +960,7 @@ WRONG: dict[str, tuple[Build, str]] = {
     "adds_up_evaluations": (told(AddsUpEvaluations), "chunks_tile_the_sequence"),
     "slopes_too_steep": (told(SlopesTooSteep), "loss_is_the_chunks_own"),
     "weighs_one_sequence": (told(WeighsOneSequence), "loss_is_the_chunks_own"),
+    "keeps_the_latest": (told(KeepsTheLatest, **IN_PLAIN), "gradients_are_the_chunks_own"),
     "losses_kept_by_recursion": (told(LossesKeptByRecursion), "no_graph_outlives_its_chunk"),
     "judge_not_cleared": (told(JudgeNotCleared, loss=None), "events_come_in_a_legal_order"),
     "clips_to_another": (
