@@ -39,6 +39,7 @@ from tbptt_props.rederivation import apply_rule, put_buffer, rederive, wraps_ano
 from tbptt_props.state import leaves, map_tensors, same_layout, value_of
 from tbptt_props.subject import Subject
 from tbptt_props.trace import (
+    CHAINED,
     HOOKED,
     REWORKED,
     Chunk,
@@ -562,6 +563,10 @@ def one_chunk(
         return Rerun(where, missing=_OWN_UPDATES)
     if overflowed(chunk):
         return Rerun(where, missing=SKIPPED)
+    if chunk.evaluations > 1:
+        return Rerun(where, missing="an update by gradients of a single evaluation")
+    if chunk.outcome.chained:
+        return Rerun(where, missing=CHAINED)
     if chunk.followed:
         return Rerun(where, missing=_OWN_INPUTS)
     if chunk.padded:

@@ -34,6 +34,7 @@ from tbptt_props.lines import shown
 from tbptt_props.precision import SKIPPED, overflowed
 from tbptt_props.state import leaves
 from tbptt_props.trace import (
+    CHAINED,
     HOOKED,
     REWORKED,
     Chunk,
@@ -269,7 +270,11 @@ def loss_is_the_chunks_own(link: Link) -> Iterator[Finding]:
     elif due.loss is None:
         unknown = "a loss" if due.partial else "inputs of forward that are the batch's own"
         yield NotJudged(due.missing or unknown)
-    elif not near(outcome.loss, _share(link) * due.loss, dtype=_dtype(link)):
+    elif outcome.by_slope and not any(_slopes(link)):
+        yield NotJudged("a loss that is a number")
+    elif not outcome.by_slope and not near(
+        outcome.loss, _share(link) * due.loss, dtype=_dtype(link)
+    ):
         yield Violation(f"{link.chunk}, loss", *told_apart(outcome.loss, link.share * due.loss))
     else:
         yield from _cotangent_differences(link)
@@ -283,6 +288,9 @@ def gradients_are_the_chunks_own(link: Link) -> Iterator[Finding]:
         return
     if due.missing or overflowed(link.chunk):
         yield NotJudged(due.missing or SKIPPED)
+        return
+    if outcome.chained:
+        yield NotJudged(CHAINED)
         return
     updated = _updated(outcome)
     feeding = link.chunk.given.feeding if link.chunk.given else frozenset()
@@ -308,6 +316,9 @@ def gradients_span_the_whole_chunk(link: Link) -> Iterator[Finding]:
     """Gradients reach back through all time steps of the chunk: they are the loss's true slope."""
     given, due = link.chunk.given, link.expected
     assert given is not None
+    if _outcome(link).chained:
+        yield NotJudged(CHAINED)
+        return
     for path, name in _cut_off(link.chunk):
         where = f"{link.chunk}, incoming {path}"
         yield Violation(where, f"{name}'s value, detached", "attached to it, for it to be learned")
@@ -749,11 +760,18 @@ def _dtype(link: Link) -> torch.dtype:
 
 def _cotangent_differences(link: Link) -> Iterator[Finding]:
     """Compare how the loss depends on each prediction: equal losses need not look at the same."""
-    outcome, share = _outcome(link), _share(link)
-    for found, due in zip(outcome.cotangents, link.expected.cotangents, strict=False):
-        if due is not None and found is not None and not close(found, share * due):
+    share = _share(link)
+    for found, due in _slopes(link):
+        if not close(found, share * due):
             wrong = difference("prediction", found, share * due)
             yield Violation(f"{link.chunk}, slope of the loss by {wrong.entry}", *wrong.told)
+
+
+def _slopes(link: Link) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the loss's gradient by each prediction where it is known, and what was due."""
+    for found, due in zip(_outcome(link).cotangents, link.expected.cotangents, strict=False):
+        if due is not None and found is not None:
+            yield found, due
 
 
 def _share(link: Link) -> float:

@@ -20,6 +20,7 @@ from tbptt_props.state import side_by_side
 Tensors = Mapping[str, Tensor]
 HOOKED = "gradients that go through no hooks but those of a module just made"
 REWORKED = "a state that goes from call to call of forward as it is"  # missing, if it doesn't
+CHAINED = "gradients that go from call to call of forward by backward alone"
 Place = tuple[int, int]  # (sequence, time step) within a batch
 Flags = frozenset[tuple[bool, ...]]  # all those of a sequence, for each sequence of a batch
 Span = tuple[int, int]  # time steps from the first up to, not including, the second
@@ -191,6 +192,8 @@ class Outcome:
     returned: bool = False  # gradients were handed back to the loop, which left them nowhere
     idle: str = ""  # why an update by hand may have been made, and could not be seen
     besides: frozenset[str] = frozenset()  # parameters with a way to the loss past forward
+    by_slope: bool = False  # backward was handed the slope of a loss whose value is not known
+    chained: bool = False  # the loop hands gradients from one call's state to the call before
     scale: float = 1.0  # of the loss, by a scaler that then got the gradients as backward left them
 
     @property

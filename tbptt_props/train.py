@@ -228,6 +228,7 @@ class _Teller(pl.Callback):
                 schedulers=[*configured, *_schedulers_kept(pl_module, configured), *scalers],
                 updates=lambda: trainer.global_step,
                 set_updates=set_updates,
+                let_go=lambda: _let_go_of_logged(trainer),
             )
         )
 
@@ -235,6 +236,14 @@ class _Teller(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
         self.watch.backward_announced(loss)
+
+
+def _let_go_of_logged(trainer: pl.Trainer) -> None:
+    """Cut off the graphs that Lightning's log keeps with what a metric last came to."""
+    for logged in (trainer._results or {}).values():
+        kept = logged._forward_cache
+        if isinstance(kept, Tensor) and kept.grad_fn is not None:
+            logged._forward_cache = kept.detach()
 
 
 def _schedulers_kept(module: nn.Module, besides: Sequence[Any]) -> list[Any]:

@@ -33,13 +33,14 @@ from torch.optim.optimizer import (
 from tbptt_props.aims import targets_of
 from tbptt_props.batch import Batch
 from tbptt_props.byhand import BY_HAND, Rate
-from tbptt_props.compare import difference, same, scaling, scalings
+from tbptt_props.compare import close, difference, same, same_leaves, scaling, scalings
 from tbptt_props.device import drawn
 from tbptt_props.forward import Arguments, Forward
 from tbptt_props.graph import (
     any_within,
     hooked,
     mark,
+    marked,
     nodes_behind,
     numbers_behind,
     sequence_number,
@@ -71,10 +72,14 @@ from tbptt_props.trace import (
 )
 
 _PREDICTION = "tbptt prediction"  # marks its node in the graph
+_STATE = "tbptt state"
 
 
 class _Canary:
     """Hung into a graph; dead when the graph is."""
+
+
+_Graph = tuple[int, str, list[weakref.ref[_Canary]]]  # a chunk's: its batch, its name, its canaries
 
 
 @dataclass
@@ -85,6 +90,7 @@ class Training:
     schedulers: Sequence[Any] = ()
     updates: Callable[[], int] | None = None  # as the trainer counts them
     set_updates: Callable[[int], None] = field(default=lambda count: None)
+    let_go: Callable[[], None] = field(default=lambda: None)  # of graphs the trainer itself holds
 
 
 class Watching(Protocol):
@@ -182,6 +188,8 @@ class _LiveChunk:
     lines: dict[Kind, Line] = field(default_factory=dict)
     besides: frozenset[str] = frozenset()
     scale: float = 1.0  # by which a scaler multiplied the loss
+    by_slope: bool = False  # backward was handed the slope of a loss, and not its value
+    chained: bool = False  # backward started from a state as well
     divided: bool | None = None  # by a scaler, and all of them as backward left them
 
 
@@ -217,7 +225,7 @@ class Watch:
         self.early: list[tuple[object, Rule]] = []
         self.steps: list[tuple[object, Optimizer, list[Rule]]] = []  # optimizer steps under way
         self.inner: list[Optimizer] = []  # those by which they are made
-        self.graphs: list[tuple[str, list[weakref.ref[_Canary]]]] = []
+        self.graphs: list[_Graph] = []
         self.outlived: list[str] = []
         self.halted = False
         self.watched = 0
@@ -290,7 +298,7 @@ class Watch:
         self._look_at_parameters(f"the end of batch {index}")
         self._drop_open_calls()
         self._close_current()
-        self._note_graphs(allowed=1)
+        self._note_graphs()
         self._note_changes(index)
 
     def backward_announced(self, loss: Tensor) -> None:
@@ -457,6 +465,8 @@ class Watch:
                 state_after=self.last_state,
             )
             live.hands_on_a_graph = any(leaf.grad_fn for leaf in leaves(after).values())
+            for leaf in leaves(after).values():
+                mark(leaf, _STATE)
             if pair[0].grad_fn is not None:
                 # What `outputs` made of it may not be behind what the loop keeps.
                 raw = leaves(returned).values() if self.subject.outputs else ()
@@ -657,7 +667,7 @@ class Watch:
 
     # Backward -------------------------------------------------------------------------------
 
-    def _backward(self, run: Callable[[], Any], roots: list[Tensor]) -> Any:
+    def _backward(self, run: functools.partial[Any], roots: list[Tensor]) -> Any:
         self.watchdog.fed()
         with self._own_code():
             self._look_before_backward()
@@ -672,7 +682,8 @@ class Watch:
             self._note_what_was_cleared()
         if chunk is None:
             return self._past_forward(run, numbers)
-        self._refuse_odd_losses(roots)
+        slopes = _slopes_handed(run, roots)
+        loss = sum(map(self._loss_of, roots, slopes))
         if self.lightning_updates is not None:
             chunk.through_lightning = through and chunk.through_lightning is not False
         before = len(chunk.events)
@@ -683,7 +694,10 @@ class Watch:
                 for call, cotangent in gathered.items():
                     earlier = call.cotangent
                     call.cotangent = cotangent if earlier is None else earlier + cotangent
-                chunk.loss += sum(float(root.detach()) for root in roots)
+                chunk.loss += loss
+                handed = [r for r, slope in zip(roots, slopes, strict=True) if slope is not None]
+                chunk.by_slope = chunk.by_slope or any(root.dim() > 0 for root in handed)
+                chunk.chained = chunk.chained or any(map(_is_state, handed))
                 used = {n: g for n, g in caught.items() if not self.by_hand or self._moved(n)}
                 self._take_gradients(chunk, used)
                 chunk.complete = True
@@ -837,6 +851,8 @@ class Watch:
         asked, self.tentative = self.tentative, None
         if asked is None or not all(call in self.open for call in asked.calls):
             return
+        current = self.current
+        before = {} if self._opens() or current is None else current.left or current.gradients
         chunk = self._chunk_of(asked.numbers)
         if chunk is None:
             return
@@ -848,11 +864,24 @@ class Watch:
         chunk.besides |= asked.besides
         if self.by_hand:
             chunk.gradients, chunk.returned, chunk.standing = asked.returned, True, {}
+        elif self.subject.contract.adds_up and asked.returned:
+            self._add_up(chunk, asked.returned, before)
         else:
             chunk.gradients = self._gradients(handed=None)
         chunk.complete = True
         if self.lightning_updates is not None:
             chunk.through_lightning = False
+
+    def _add_up(self, chunk: _LiveChunk, returned: Tensors, before: Tensors) -> None:
+        """Take the gradients that a loop was handed, which it adds up itself for an update."""
+        chunk.gradients, chunk.returned, chunk.standing = returned, True, before
+        both = before.keys() & returned.keys()
+        chunk.left = {**before, **returned, **{n: before[n] + returned[n] for n in both}}
+
+    def _take_spent(self) -> None:
+        """Take gradients that were asked for, and can't be again, where an update comes later."""
+        if self.subject.contract.adds_up and self.tentative is not None and self.tentative.spent:
+            self._take_tentative()
 
     @contextlib.contextmanager
     def _own_code(self) -> Iterator[None]:
@@ -866,12 +895,17 @@ class Watch:
                 self.problem = error
                 raise
 
-    def _refuse_odd_losses(self, roots: list[Tensor]) -> None:
-        for root in roots:
-            if root.numel() != 1:
-                raise self._fail(
-                    f"the loss must be a scalar, got a tensor of shape {tuple(root.shape)}"
-                )
+    def _loss_of(self, root: Tensor, slope: Tensor | None) -> float:
+        """Return what a root of backward adds to the loss: as much as it is handed for it."""
+        if _is_state(root):
+            return 0.0  # its slope is handed on from the loss of a later call
+        if slope is not None:
+            return float((root.detach() * slope.detach()).sum())
+        if root.numel() != 1:
+            raise self._fail(
+                f"the loss must be a scalar, got a tensor of shape {tuple(root.shape)}"
+            )
+        return float(root.detach())
 
     def _chunk_of(self, numbers: list[int]) -> _LiveChunk | None:
         """Find the chunk that a backward through these nodes belongs to; begin one if need be."""
@@ -909,10 +943,28 @@ class Watch:
 
     def _is_evaluated_again(self, calls: list[_LiveCall], step: object | None) -> bool:
         """Tell whether a closure runs the current chunk once more, and not the next one."""
-        if step is None or self.current is None or self.current.step is not step:
+        if self.current is None:
             return False
         one, other = _joined(self.current.calls), _joined(calls)
-        return one is None or other is None or torch.equal(one, other)
+        if step is not None and self.current.step is step:
+            return one is None or other is None or torch.equal(one, other)
+        if one is None or other is None or not torch.equal(one, other):
+            return False
+        return self._is_tried_elsewhere(self.current, calls)
+
+    def _is_tried_elsewhere(self, chunk: _LiveChunk, calls: list[_LiveCall]) -> bool:
+        """Tell whether a chunk is run again because its update is due to gradients from elsewhere.
+
+        So it is where the parameters were moved up the slope after its backward (SAM).
+        """
+        before, now = chunk.calls[0], calls[0]
+        if chunk.rules or not chunk.complete or self.subject.contract.adds_up:
+            return False
+        if not same_leaves(leaves(before.call.state), leaves(now.call.state)):
+            return False
+        there = now.snapshot.parameters
+        moved = not same_leaves(before.snapshot.parameters, there)
+        return moved and not any(map(self._has_gradient, self.names.values()))
 
     def _is_other_sequences_turn(self, calls: list[_LiveCall]) -> bool:
         """Tell whether calls run the current chunk's time steps of sequences it has not had yet.
@@ -1033,8 +1085,11 @@ class Watch:
         if closure is None:
             rules.append(self._rule(optimizer))
             return None
+        self._note_moves("the update")
 
         def watched_closure() -> Any:
+            if not rules:
+                self._take_parameters()  # the update may go up the slope before it asks for it
             result = closure()
             if not rules:  # what comes after is moved by the update itself
                 rules.append(self._rule(optimizer))
@@ -1061,6 +1116,7 @@ class Watch:
         """Write down what an update is about to go by."""
         self._take_tentative()
         self._note_moves("the update")
+        self._forget_what_came_back()
         names = set(self._owned(optimizer))
         known = (self.current.left or self.current.gradients) if self.current else None
         gradients = self._gradients(handed=known)
@@ -1076,6 +1132,18 @@ class Watch:
             handed={n: divided(optimizer, g) for n, g in gradients.items() if n in names},
             before=self.known,
         )
+
+    def _forget_what_came_back(self) -> None:
+        """Take no move for one that was undone before the update, the chunk being run in between.
+
+        What is taken off again comes back but for rounding.
+        """
+        chunk = self.current
+        if chunk is None or chunk.evaluations == 1 or not self.moves:
+            return
+        began = chunk.calls[0].snapshot.parameters
+        if all(close(p, self.known[name], rounded=False) for name, p in began.items()):
+            self.moves = []
 
     def _remembered(self, optimizer: Optimizer) -> dict[str, Mapping[str, Any]]:
         """Return what the update before left in the optimizer's memory, or what is there now."""
@@ -1158,10 +1226,13 @@ class Watch:
         """Tell what moved before a backward from the update that may follow it."""
         if self.by_hand:
             self._look_at_parameters("backward")
+        else:
+            self._take_spent()
 
     def _note_update_by_hand(self) -> None:
         """Take what has moved since a chunk's backward for the update that nobody announced."""
         if not self.by_hand:
+            self._take_spent()
             return
         moved = {name for name, _ in self.module.named_parameters() if self._moved(name)}
         if moved or (self.tentative is not None and self.tentative.spent):
@@ -1210,7 +1281,7 @@ class Watch:
             self.consumed = [*self.consumed[-8:], (live.calls[0].opened, last.closed, str(chunk))]
             self.horizon = max(self.horizon, last.closed)
             canaries = [canary for call in live.calls for canary in call.canaries]
-            self.graphs.append((str(chunk), canaries))
+            self.graphs.append((live.batch, str(chunk), canaries))
             if self.keeps_first and not self.closed:
                 self.first = chunk
             self.closed.append(chunk.slim())
@@ -1219,16 +1290,23 @@ class Watch:
             self.trained.add((live.batch, live.calls[0].snapshot.trainable))
             del live, last
             if not self.halted:  # what was under way when training raised is still held
-                self._note_graphs(allowed=1)
+                self._note_graphs(batch=chunk.batch)
             self.busy = True
             try:
                 self.hand_on(chunk)
             finally:
                 self.busy = False
 
-    def _note_graphs(self, *, allowed: int) -> None:
-        """Look whether graphs live on that are due to be gone: all but the last `allowed`."""
-        due = self.graphs[: len(self.graphs) - allowed]
+    def _note_graphs(self, *, batch: int | None = None) -> None:
+        """Look whether graphs live on that are due to be gone: all but the last one, of `batch`.
+
+        The last chunk of the batch before may be held until this one is done, as by a metric that
+        is logged once a batch: there is never more than one such.
+        """
+        others = sum(batch not in (None, graph[0]) for graph in self.graphs)
+        due = self.graphs[others:-1]
+        if _alive(due):
+            self.training.let_go()
         if _alive(due) and not self.outlived:
             gc.collect(1)  # only a cycle may be holding it, which is nobody's mistake
         if _alive(due) and not self.outlived:
@@ -1236,8 +1314,8 @@ class Watch:
         if _alive(due) and calls_itself():
             return  # its locals are there until it returns: looked at again at the batch's end
         if _alive(due):
-            self.outlived.extend(label for label, _ in _alive(due))
-        self.graphs = self.graphs[len(due) :]
+            self.outlived.extend(label for _, label, _ in _alive(due))
+        self.graphs = [*self.graphs[:others], *self.graphs[-1:]]
 
     def _is_reworked(self, live: _LiveChunk) -> bool:
         """Tell whether the loop makes another state of what forward returns, at every time step.
@@ -1325,6 +1403,8 @@ class Watch:
                 returned=live.returned,
                 idle=live.idle,
                 besides=live.besides,
+                by_slope=live.by_slope,
+                chained=live.chained,
                 scale=live.scale if live.divided or not live.rules else 1.0,
             ),
             starts_batch=live.starts_batch,
@@ -1470,10 +1550,20 @@ def plain_attributes(module: nn.Module) -> dict[str, dict[str, Any]]:
     }
 
 
-def _alive(
-    graphs: Sequence[tuple[str, list[weakref.ref[_Canary]]]],
-) -> list[tuple[str, list[weakref.ref[_Canary]]]]:
-    return [graph for graph in graphs if any(canary() is not None for canary in graph[1])]
+def _slopes_handed(run: functools.partial[Any], roots: list[Tensor]) -> list[Tensor | None]:
+    """Return with which slope backward starts from each of its roots, where it is handed any."""
+    asked = inspect.signature(run.func).bind(*run.args, **run.keywords).arguments
+    handed = asked.get("grad_tensors")
+    slopes = [handed] if handed is None or isinstance(handed, Tensor) else list(handed)
+    return [*slopes, *(None for _ in roots[len(slopes) :])]
+
+
+def _is_state(root: Tensor) -> bool:
+    return bool(marked(root, _STATE)) and not marked(root, _PREDICTION)
+
+
+def _alive(graphs: Sequence[_Graph]) -> list[_Graph]:
+    return [graph for graph in graphs if any(canary() is not None for canary in graph[2])]
 
 
 def _turns(calls: Sequence[_LiveCall]) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn, optim
 from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
+from torchmetrics import MeanSquaredError
 
 import tbptt_props as tb
 
@@ -542,6 +543,239 @@ class Metered(Loop):
         self.metric.total += 1
 
 
+class LogsAMetric(Loop):
+    """Lightning's log holds what a metric came to, graph and all, until it is logged again."""
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.metric = MeanSquaredError()
+
+    def train_on(self, x: Tensor, y: Tensor, state: Any) -> Any:
+        prediction, after = self(x, state)
+        self.metric(prediction.reshape(-1), y.reshape(-1))
+        opt: Any = self.optimizers()
+        opt.zero_grad()
+        self.manual_backward(self.loss(prediction, y))
+        opt.step()
+        return self.cut(after)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        super().training_step(batch, batch_idx)
+        if batch_idx == 0:
+            self.log("error", self.metric)
+
+
+class KeepsItsLastLoss(Loop):
+    """What the batch ended in is kept until the next one has ended."""
+
+    last: Any = None
+
+    def loss(self, prediction: Any, target: Tensor) -> Tensor:
+        self.latest = super().loss(prediction, target)
+        return self.latest
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        super().training_step(batch, batch_idx)
+        self.keep(self.latest)
+
+    def keep(self, loss: Tensor) -> None:
+        self.last = loss
+
+
+class KeepsAllLastLosses(KeepsItsLastLoss):
+    def keep(self, loss: Tensor) -> None:
+        self.last = [*(self.last or ()), loss]
+
+
+class SAM(optim.Optimizer):
+    """Goes up the slope, and takes the gradient there for its update."""
+
+    def __init__(self, parameters: Any, rate: float = 0.1) -> None:
+        super().__init__(parameters, {"lr": rate})
+        self.base = optim.SGD(self.param_groups, lr=rate)
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        owned = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.stack([p.grad.norm() for p in owned]).norm()
+        for p in owned:
+            self.state[p]["off"] = 0.05 * p.grad / (norm + 1e-12)
+            p.add_(self.state[p]["off"])
+        self.zero_grad()
+
+    @torch.no_grad()
+    def come_back(self) -> None:
+        for p in [p for group in self.param_groups for p in group["params"]]:
+            p.sub_(self.state[p]["off"])
+
+    def step(self, closure: Any = None) -> Any:
+        self.first_step()
+        with torch.enable_grad():
+            closure()
+        self.come_back()
+        self.base.step()
+        self.zero_grad()
+
+
+class SharpnessAware(Loop):
+    """Its optimizer evaluates a closure after the backward that came before."""
+
+    def train_on(self, x: Tensor, y: Tensor, state: Any) -> Any:
+        def evaluated() -> Any:
+            prediction, after = self(x, state)
+            self.manual_backward(self.loss(prediction, y))
+            return after
+
+        opt: Any = self.optimizers()
+        after = evaluated()
+        self.update(opt, evaluated)
+        return self.cut(after)
+
+    def update(self, opt: Any, evaluated: Any) -> None:
+        opt.step(evaluated)
+
+    def configure_optimizers(self) -> Any:
+        return SAM(self.parameters())
+
+
+class SharpnessAwareInTwo(SharpnessAware):
+    """The loop evaluates the chunk again itself, between the two halves of an update."""
+
+    def update(self, opt: Any, evaluated: Any) -> None:
+        self.sam.first_step()
+        evaluated()
+        self.come_back()
+        opt.step()
+        opt.zero_grad()
+
+    def come_back(self) -> None:
+        self.sam.come_back()
+
+    def configure_optimizers(self) -> Any:
+        self.sam = SAM(self.parameters())
+        return self.sam.base
+
+
+class NeverComesBack(SharpnessAwareInTwo):
+    """The update starts from up the slope."""
+
+    def come_back(self) -> None:
+        """Stay there."""
+
+
+class UpdatesTwice(SharpnessAware):
+    """Each chunk is trained on twice."""
+
+    def update(self, opt: Any, evaluated: Any) -> None:
+        for _ in range(2):
+            opt.step()
+            opt.zero_grad()
+            evaluated()
+        opt.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        return optim.SGD(self.parameters(), lr=0.1)
+
+
+class AddsUpEvaluations(UpdatesTwice):
+    """A closure clears nothing: the gradients of two evaluations make one update."""
+
+    def update(self, opt: Any, evaluated: Any) -> None:
+        opt.step(lambda: evaluated() and None)
+        opt.zero_grad()
+
+
+class SlopesByHand(Loop):
+    """Backward starts from the predictions, and is handed the loss's slope."""
+
+    def train_on(self, x: Tensor, y: Tensor, state: Any) -> Any:
+        prediction, after = self(x, state)
+        opt: Any = self.optimizers()
+        opt.zero_grad()
+        self.manual_backward(prediction, gradient=self.slope(prediction.detach(), y))
+        opt.step()
+        return self.cut(after)
+
+    def slope(self, prediction: Tensor, y: Tensor) -> Tensor:
+        return 2 * (prediction - y) / y.numel()
+
+
+class SlopesTooSteep(SlopesByHand):
+    """Those of a sum, and not of a mean."""
+
+    def slope(self, prediction: Tensor, y: Tensor) -> Tensor:
+        return 2 * (prediction - y)
+
+
+class WeighsSequences(Loop):
+    """The loss has a number for each sequence, and backward their weights."""
+
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        super().manual_backward(loss, gradient=self.weights(loss))
+
+    def loss(self, prediction: Any, target: Tensor) -> Tensor:
+        return F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2))
+
+    def weights(self, loss: Tensor) -> Tensor:
+        return torch.full_like(loss, 1 / len(loss))
+
+
+class WeighsOneSequence(WeighsSequences):
+    def weights(self, loss: Tensor) -> Tensor:
+        return torch.eye(len(loss), dtype=loss.dtype)[0]
+
+
+class ChainsByHand(Loop):
+    """The loop hands the gradient of each time step's state back to the time step before."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        state = batch[0].new_zeros(1, len(batch[0]), self.readout.in_features)
+        for x, y in zip(*(part.split(self.k, dim=1) for part in batch), strict=True):
+            state = self.train_on(x, y, state)
+
+    def train_on(self, x: Tensor, y: Tensor, state: Any) -> Any:
+        opt: Any = self.optimizers()
+        predictions, began, ended = [], [], []
+        for now in x.unbind(1):
+            began.append(state.detach().requires_grad_())
+            prediction, state = self(now.unsqueeze(1), began[-1])
+            predictions.append(prediction)
+            ended.append(state)
+        opt.zero_grad()
+        self.manual_backward(self.loss(torch.cat(predictions, dim=1), y), retain_graph=True)
+        for i in range(len(ended) - 1, 0, -1):
+            self.manual_backward(ended[i - 1], gradient=began[i].grad, retain_graph=True)
+        opt.step()
+        return self.cut(state)
+
+
+class AddsUpByHand(Loop):
+    """Autograd returns each chunk's gradients; their sum is put in place for one update."""
+
+    def train_in_plain(self, batches: Any) -> None:
+        opt = self.configure_optimizers()
+        for batch in batches:
+            self.sums = [torch.zeros_like(p) for p in self.parameters()]
+            self.training_step(batch, 0)
+            for p, gradient in zip(self.parameters(), self.sums, strict=True):
+                p.grad = gradient
+            opt.step()
+
+    def train_on(self, x: Tensor, y: Tensor, state: Any) -> Any:
+        prediction, state = self(x, state)
+        found = torch.autograd.grad(self.loss(prediction, y), [*self.parameters()])
+        self.sums = self.added(self.sums, found)
+        return self.cut(state)
+
+    def added(self, sums: list[Tensor], found: tuple[Tensor, ...]) -> list[Tensor]:
+        return [one + other for one, other in zip(sums, found, strict=True)]
+
+
+class KeepsTheLatest(AddsUpByHand):
+    def added(self, sums: list[Tensor], found: tuple[Tensor, ...]) -> list[Tensor]:
+        return [*found]
+
+
 class CellInTheLoop(Loop):
     """There is no forward: the loop calls a cell once a time step."""
 
@@ -805,6 +1039,16 @@ OF_A_LOSS = {
     "loss_is_the_chunks_own",
     "one_chunk_is_one_ordinary_update",
 }
+
+IN_PLAIN: dict[str, Any] = {
+    "train": lambda module, batches: module.train_in_plain(batches),
+    "contract": tb.Contract(update="batch"),
+}
+OF_AN_UPDATE_IN_TWO = {
+    "one_chunk_is_one_ordinary_update",
+    "the_update_follows_the_optimizers_rule",
+}
+
 # Each with what may be not judged of it on any case, besides what needs random numbers.
 RIGHT: dict[str, tuple[Build, set[str]]] = {
     "noise_on_the_state": (told(NoiseOnTheState), {"state_sums_up_the_chunk"}),
@@ -862,6 +1106,29 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
     "calls_itself": (told(CallsItself), set()),
     "checkpointed": (told(Checkpointed), {"gradients_span_the_whole_chunk"}),
     "metered": (told(Metered), set()),
+    "logs_a_metric": (told(LogsAMetric), set()),
+    "slopes_by_hand": (told(SlopesByHand), set()),
+    "weighs_sequences": (told(WeighsSequences), set()),
+    "chains_by_hand": (
+        told(ChainsByHand),
+        {"one_chunk_is_one_ordinary_update", "state_sums_up_the_chunk"},
+    ),
+    "adds_up_by_hand": (
+        told(AddsUpByHand, **IN_PLAIN),
+        {
+            "a_batch_knows_nothing_of_the_one_before",
+            "a_run_can_be_resumed_at_any_boundary",
+            "backward_goes_through_manual_backward",
+            "updates_go_through_lightnings_optimizer",
+        },
+    ),
+    "sharpness_aware": (
+        told(SharpnessAware),
+        OF_AN_UPDATE_IN_TWO
+        | {"a_batch_knows_nothing_of_the_one_before", "a_run_can_be_resumed_at_any_boundary"},
+    ),
+    "sharpness_aware_in_two": (told(SharpnessAwareInTwo), OF_AN_UPDATE_IN_TWO),
+    "keeps_its_last_loss": (told(KeepsItsLastLoss), set()),
     "cell_in_the_loop": (told(CellInTheLoop), {*OF_A_LOSS, "state_sums_up_the_chunk"}),
     "cuts_in_forward": (
         told(CutsInForward, contract=tb.Contract(update="batch")),
@@ -914,6 +1181,13 @@ WRONG: dict[str, tuple[Build, str]] = {
         "gradients_span_the_whole_chunk",
     ),
     "recursion_attached": (told(RecursionAttached), "graph_crosses_no_boundary"),
+    "keeps_all_last_losses": (told(KeepsAllLastLosses), "no_graph_outlives_its_chunk"),
+    "never_comes_back": (told(NeverComesBack), "nothing_but_the_update_moves_parameters"),
+    "updates_twice": (told(UpdatesTwice), "chunks_tile_the_sequence"),
+    "adds_up_evaluations": (told(AddsUpEvaluations), "chunks_tile_the_sequence"),
+    "slopes_too_steep": (told(SlopesTooSteep), "loss_is_the_chunks_own"),
+    "weighs_one_sequence": (told(WeighsOneSequence), "loss_is_the_chunks_own"),
+    "keeps_the_latest": (told(KeepsTheLatest, **IN_PLAIN), "gradients_are_the_chunks_own"),
     "losses_kept_by_recursion": (told(LossesKeptByRecursion), "no_graph_outlives_its_chunk"),
     "judge_not_cleared": (told(JudgeNotCleared, loss=None), "events_come_in_a_legal_order"),
     "clips_to_another": (
