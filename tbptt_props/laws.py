@@ -64,6 +64,7 @@ class Checkpoint:
     state: Any = None
     handed: bool = False
     layout: Any = None  # of the inputs with which to go on
+    x: Any = None  # those inputs
     others: Any = None  # the other arguments of the call that goes on
     one_each: bool = False  # whether there is a target for each sequence, be it T numbers long
     thorough: bool = False  # whether what the loop itself sets anew is overridden by that call
@@ -128,9 +129,9 @@ class Bookmarks:
             return
         state = _left(watch, places, arguments.state)
         left = _checkpoint(watch, self.where[1], state, arguments.has_state)
-        others = value_of(arguments.others)
+        x, others = value_of((arguments.x, arguments.others))
         left = replace(left, trainable=self.trainable)
-        self.boundary = replace(left, layout=_layout(arguments.x), others=others)
+        self.boundary = replace(left, layout=_layout(arguments.x), x=x, others=others)
 
     def _before_batch(self, watch: Watch) -> None:
         self.trainable = _trainable(watch.module)
@@ -277,6 +278,7 @@ def _unknown_memory(watch: Watch) -> str:
 
 
 _OWN_INPUTS = "inputs of forward that are the batch's own"
+_IN_ORDER = "sequences in the same order in the second run, which sorts or shuffles them"
 _OWN_UPDATES = "a contract by which a batch has its updates for itself"
 _NO_BOUNDARY = {
     False: "a case of at least two chunks",
@@ -366,9 +368,26 @@ def _gone_on(
         error = going_on.watchdog.over(lambda: train(subject, wholes, going_on, skip=left.batch))
     if error is not None:
         return Rerun(where, problem=f"the fresh run raised {type(error).__name__}: {error}")
+    if left.start and _is_reordered(going_on.x, left.x):
+        return Rerun(where, missing=_IN_ORDER)  # the state that it went on from is in another
     second = ending(subject.module, going_on.training, going_on.state, going_on.rates)
     bitwise = going_on.layout == left.layout and repeats_itself(subject.device)
     return Rerun(where, first, second, bitwise=bitwise)
+
+
+def _is_reordered(found: Any, due: Any) -> bool:
+    """Tell whether inputs are those that are due, with the sequences in another order."""
+    if not isinstance(found, Tensor) or not isinstance(due, Tensor) or found.shape != due.shape:
+        return False
+    if same(found, due):
+        return False
+    return any(
+        sorted(_rows(found, dim)) == sorted(_rows(due, dim)) for dim in range(min(2, due.dim()))
+    )
+
+
+def _rows(x: Tensor, dim: int) -> list[list[float]]:
+    return [row.flatten().tolist() for row in x.unbind(dim)]
 
 
 def _alike(rerun: Rerun) -> bool:
@@ -403,6 +422,7 @@ class _GoingOn:
         self.over = False  # the batch that it starts in
         self.entered: dict[str, Tensor] | None = None
         self.layout: Any = None
+        self.x: Any = None
         self.state: Any = None
         self.rates: list[float] = []
         self.watchdog = Watchdog(subject.patience, longest=longest)
@@ -476,7 +496,7 @@ class _GoingOn:
             return False
         handed = leaves((arguments.x, arguments.state))
         if self.entered is None:
-            self.layout = _layout(arguments.x)
+            self.layout, self.x = _layout(arguments.x), value_of(arguments.x)
             if self.left.thorough:
                 self._set_buffers()
                 self._set_attributes()
@@ -610,7 +630,7 @@ def _of_whole(batch: Batch, chunk: Chunk, *, one_each: bool) -> Chunk:
     called = given.calls[0].x
     if len(given.calls) == 1 and isinstance(called, Tensor):
         swapped = time_dimension(chunk) == 0
-        x, target = batch.inputs, batch.targets
+        x, target = _in_rows(chunk.lanes, batch)
         if called.dim() < x.dim() and x.shape[1] == 1:  # forward takes one time step, without time
             x, target = _laid_out(lambda t: t[:, 0], x, target)
         elif x.dim() == 2 and called.dim() == 3 and called.shape[-1] == 1:  # as a single feature
@@ -625,6 +645,16 @@ def _of_whole(batch: Batch, chunk: Chunk, *, one_each: bool) -> Chunk:
         calls = (replace(given.calls[0], x=x),)
         given = replace(given, calls=calls, target=given.target if one_each else target)
     return replace(chunk, given=given, outcome=replace(outcome, cotangents=(), rules=()))
+
+
+def _in_rows(lanes: Sequence[int], batch: Batch) -> tuple[Tensor, Any]:
+    """Return inputs and targets, with the sequences in the order in which the loop put them."""
+    count = len(batch.inputs)
+    if [*lanes] == [*range(count)] or sorted(lanes) != [*range(count)]:
+        return batch.inputs, batch.targets
+    rows = [*lanes]
+    targets = map_tensors(lambda t: t[rows] if t.shape[:1] == (count,) else t, batch.targets)
+    return batch.inputs[rows], targets
 
 
 def _laid_out(change: Callable[[Tensor], Tensor], x: Tensor, target: Any) -> tuple[Tensor, Any]:

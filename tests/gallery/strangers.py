@@ -516,7 +516,35 @@ def tokens(case: tb.Case) -> list[Any]:
     return [torch.randint(9, (b, t + 1), generator=generator) for b, t in case.sizes()]
 
 
+class SortedByContent(Loop):
+    """The batch is sorted by what it holds before it is cut; features are dropped out."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        order = batch[1][:, 0, 0].argsort()
+        super().training_step([part[order] for part in batch], batch_idx)
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        features, state = self.core(x, state)
+        return self.readout(F.dropout(features, 0.5)), state
+
+
+class ShuffledAnew(Loop):
+    """The order of the sequences is drawn once a batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        order = torch.randperm(len(batch[0]))
+        super().training_step([part[order] for part in batch], batch_idx)
+
+
 # What is wrong: one mistake each.
+
+
+class TargetsStay(Loop):
+    """The inputs are put in another order, and the targets stay."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        super().training_step((x.flip(0), y), batch_idx)
 
 
 class OneHeadForgotten(MeanAndVariance):
@@ -670,6 +698,8 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
             "the_update_follows_the_optimizers_rule",
         },
     ),
+    "sorted_by_content": (told(SortedByContent), {"state_sums_up_the_chunk"}),
+    "shuffled_anew": (told(ShuffledAnew), set()),
 }
 
 # Each with the property that says it best; others may be broken by the same mistake.
@@ -697,4 +727,5 @@ WRONG: dict[str, tuple[Build, str]] = {
     "holder_drops_it": (told(HolderDropsIt), "state_crosses_every_boundary"),
     "holder_keeps_its_graph": (told(HolderKeepsItsGraph), "graph_crosses_no_boundary"),
     "noisy_state_dropped": (told(NoisyStateDropped), "state_crosses_every_boundary"),
+    "targets_stay": (told(TargetsStay), "loss_is_the_chunks_own"),
 }
