@@ -593,7 +593,8 @@ def _up_to_rounding(chunk: Chunk, due: Tensors) -> Tensors | None:
     """Take the gradients that were found for those that are due, where they are close to them.
 
     An update may make much of what was rounded. A scaler may have scaled them up for backward, and
-    down again. None where they were clipped on their way.
+    down again. Zeros that were not found are no gradient: of a prediction that the loss leaves out.
+    None where they were clipped on their way.
     """
     given, outcome, span = chunk.given, chunk.outcome, chunk.span
     assert given is not None
@@ -603,7 +604,11 @@ def _up_to_rounding(chunk: Chunk, due: Tensors) -> Tensors | None:
     with rounded_to(rounding(given.autocast), span[1] - span[0]):
         scaled = bool(handed) and not any(worst(handed, {n: due[n] for n in handed if n in due}))
         found = handed if scaled else outcome.gradients
-        near = {n: found[n] if n in found and close(found[n], g) else g for n, g in due.items()}
+        near = {
+            n: found[n] if n in found and close(found[n], g) else g
+            for n, g in due.items()
+            if n in found or bool(g.any())
+        }
     if not scaled and any(is_clipped(outcome.gradients, rule.handed) for rule in outcome.rules):
         return None
     return near
