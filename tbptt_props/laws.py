@@ -671,10 +671,10 @@ def _ordinary(
     chunk: Chunk, gradients: Tensors, state: Any, rules: Sequence[Rule], contract: Contract
 ) -> Ending:
     assert chunk.given is not None
-    # Not judged: parameters that no optimizer owns, and those that a learned initial state comes
-    # from, for their gradient takes a way that is the loop's own.
+    # Not judged: parameters that no optimizer owns or that are frozen, and those that a learned
+    # initial state comes from, for their gradient takes a way that is the loop's own.
     owned = {name for rule in rules for group in rule.groups for name in group["params"]}
-    judged = owned - chunk.given.feeding
+    judged = (owned & chunk.given.trainable) - chunk.given.feeding
     copies = {n: nn.Parameter(p.clone()) for n, p in chunk.given.parameters.items()}
     names = {id(parameter): name for name, parameter in copies.items()}
     memory: dict[str, Tensor] = {}

@@ -609,7 +609,43 @@ def self_supervised(prediction: Any, target: Tensor) -> Tensor:
     return value
 
 
+class FrozenAverage(Loop):
+    """An average of the readout's parameters is frozen, but the optimizer got all there are."""
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.average = nn.Linear(case.hidden, case.outputs).requires_grad_(False)
+
+    @torch.no_grad()
+    def after_the_update(self) -> None:
+        pairs = zip(self.average.parameters(), self.readout.parameters(), strict=True)
+        for mean, parameter in pairs:
+            mean.lerp_(parameter, 0.1)
+
+
 # What is wrong: one mistake each.
+
+
+class FrozenForTheMove(Loop):
+    """The readout is frozen for as long as it takes to shrink it."""
+
+    def after_the_update(self) -> None:
+        self.readout.requires_grad_(False)
+        for parameter in self.readout.parameters():
+            parameter.mul_(0.99)
+        self.readout.requires_grad_(True)
+
+
+class FrozenAfterwards(Loop):
+    """... and stays frozen until the next chunk."""
+
+    def train_on(self, x: Tensor, y: Tensor, state: Any) -> Any:
+        self.readout.requires_grad_(True)
+        state = super().train_on(x, y, state)
+        self.readout.requires_grad_(False)
+        for parameter in self.readout.parameters():
+            parameter.mul_(0.99)
+        return state
 
 
 class FeaturesAttached(FeaturesBesides):
@@ -802,6 +838,7 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
         {"state_sums_up_the_chunk"},
     ),
     "head_for_the_log": (told(HeadForTheLog, loss=of_the_first), set()),
+    "frozen_average": (told(FrozenAverage), set()),
     "predicts_its_features": (
         told(PredictsItsFeatures, loss=self_supervised),
         {"gradients_span_the_whole_chunk", "state_sums_up_the_chunk"},
@@ -837,4 +874,6 @@ WRONG: dict[str, tuple[Build, str]] = {
     "features_attached": (told(FeaturesAttached, loss=regularised), "graph_crosses_no_boundary"),
     "features_forgotten": (told(FeaturesForgotten, loss=regularised), "loss_is_the_chunks_own"),
     "features_halved": (told(FeaturesHalved, loss=regularised), "gradients_are_the_chunks_own"),
+    "frozen_for_the_move": (told(FrozenForTheMove), "nothing_but_the_update_moves_parameters"),
+    "frozen_afterwards": (told(FrozenAfterwards), "nothing_but_the_update_moves_parameters"),
 }
