@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tbptt_props.layout import joined
+from tbptt_props.layout import Heads, heads_of, joined
 from tbptt_props.process import randomness, set_randomness
 from tbptt_props.standin import Original, standing_in
 from tbptt_props.state import leaves, map_tensors, value_of
@@ -140,7 +140,7 @@ class Forward:
             return None
         return prediction, tuple(returned[1:]) if len(self.handed) > 1 else returned[1]
 
-    def again(self, arguments: Arguments, state: Any) -> tuple[Tensor, Any]:
+    def again(self, arguments: Arguments, state: Any) -> tuple[Heads, Any]:
         """Call it once more, from this state if one came in.
 
         Raises:
@@ -148,11 +148,11 @@ class Forward:
         """
         args, kwargs = self.handed_over(replace(arguments, state=state))
         found = self.came_out(getattr(self.owner, self.attribute)(*args, **kwargs))
-        pair = joined(found[0]) if found else None
-        if found is None or pair is None:
+        heads = heads_of(found[0]) if found else None
+        if found is None or heads is None:
             raise TypeError("forward returns no pair (prediction, state) here")
         # What is kept is written over when the module is made ready for another call.
-        return pair[0], map_tensors(torch.clone, found[1]) if self.kept else found[1]
+        return heads, map_tensors(torch.clone, found[1]) if self.kept else found[1]
 
     def returns_several_predictions(self, arguments: Arguments, returned: Any) -> bool:
         """Tell whether a pair's first part is several predictions, and not the state.

@@ -75,6 +75,7 @@ class Checkpoint:
     state: Any = None
     handed: bool = False
     layout: Any = None  # of the inputs with which to go on
+    x: Any = None  # those inputs
     others: Any = None  # the other arguments of the call that goes on
     one_each: bool = False  # whether there is a target for each sequence, be it T numbers long
     thorough: bool = False  # whether what the loop itself sets anew is overridden by that call
@@ -139,9 +140,9 @@ class Bookmarks:
             return
         state = _left(watch, places, arguments.state)
         left = _checkpoint(watch, self.where[1], state, arguments.has_state)
-        others = value_of(arguments.others)
+        x, others = value_of((arguments.x, arguments.others))
         left = replace(left, trainable=self.trainable)
-        self.boundary = replace(left, layout=_layout(arguments.x), others=others)
+        self.boundary = replace(left, layout=_layout(arguments.x), x=x, others=others)
 
     def _before_batch(self, watch: Watch) -> None:
         self.trainable = _trainable(watch.module)
@@ -294,6 +295,7 @@ def _unknown_memory(watch: Watch) -> str:
 
 
 _OWN_INPUTS = "inputs of forward that are the batch's own"
+_IN_ORDER = "sequences in the same order in the second run, which sorts or shuffles them"
 _OWN_UPDATES = "a contract by which a batch has its updates for itself"
 _NO_BOUNDARY = {
     False: "a case of at least two chunks",
@@ -385,9 +387,26 @@ def _gone_on(
         return Rerun(where, missing=going_on.missing)
     if error is not None:
         return Rerun(where, problem=f"the fresh run raised {type(error).__name__}: {error}")
+    if left.start and _is_reordered(going_on.x, left.x):
+        return Rerun(where, missing=_IN_ORDER)  # the state that it went on from is in another
     second = ending(subject.module, going_on.training, going_on.state, going_on.rates)
     bitwise = going_on.layout == left.layout and repeats_itself(subject.device)
     return Rerun(where, first, second, bitwise=bitwise)
+
+
+def _is_reordered(found: Any, due: Any) -> bool:
+    """Tell whether inputs are those that are due, with the sequences in another order."""
+    if not isinstance(found, Tensor) or not isinstance(due, Tensor) or found.shape != due.shape:
+        return False
+    if same(found, due):
+        return False
+    return any(
+        sorted(_rows(found, dim)) == sorted(_rows(due, dim)) for dim in range(min(2, due.dim()))
+    )
+
+
+def _rows(x: Tensor, dim: int) -> list[list[float]]:
+    return [row.flatten().tolist() for row in x.unbind(dim)]
 
 
 def _alike(rerun: Rerun) -> bool:
@@ -422,6 +441,7 @@ class _GoingOn:
         self.over = False  # the batch that it starts in
         self.entered: dict[str, Tensor] | None = None
         self.layout: Any = None
+        self.x: Any = None
         self.state: Any = None
         self.rates: list[float] = []
         self.missing = ""
@@ -504,7 +524,7 @@ class _GoingOn:
             return False
         handed = leaves((arguments.x, arguments.state))
         if self.entered is None:
-            self.layout = _layout(arguments.x)
+            self.layout, self.x = _layout(arguments.x), value_of(arguments.x)
             if self.left.thorough:
                 self._set_buffers()
                 self._set_attributes()
@@ -607,7 +627,8 @@ def _up_to_rounding(chunk: Chunk, due: Tensors) -> Tensors | None:
     """Take the gradients that were found for those that are due, where they are close to them.
 
     An update may make much of what was rounded. A scaler may have scaled them up for backward, and
-    down again. None where they were clipped on their way.
+    down again. Zeros that were not found are no gradient: of a prediction that the loss leaves out.
+    None where they were clipped on their way.
     """
     given, outcome, span = chunk.given, chunk.outcome, chunk.span
     assert given is not None
@@ -617,7 +638,11 @@ def _up_to_rounding(chunk: Chunk, due: Tensors) -> Tensors | None:
     with rounded_to(rounding(given.autocast), span[1] - span[0]):
         scaled = bool(handed) and not any(worst(handed, {n: due[n] for n in handed if n in due}))
         found = handed if scaled else outcome.gradients
-        near = {n: found[n] if n in found and close(found[n], g) else g for n, g in due.items()}
+        near = {
+            n: found[n] if n in found and close(found[n], g) else g
+            for n, g in due.items()
+            if n in found or bool(g.any())
+        }
     if not scaled and any(is_clipped(outcome.gradients, rule.handed) for rule in outcome.rules):
         return None
     return near
@@ -644,7 +669,7 @@ def _of_whole(batch: Batch, chunk: Chunk, *, one_each: bool) -> Chunk:
     called = given.calls[0].x
     if len(given.calls) == 1 and isinstance(called, Tensor):
         swapped = time_dimension(chunk) == 0
-        x, target = batch.inputs, batch.targets
+        x, target = _in_rows(chunk.lanes, batch)
         if called.dim() < x.dim() and x.shape[1] == 1:  # forward takes one time step, without time
             x, target = _laid_out(lambda t: t[:, 0], x, target)
         elif x.dim() == 2 and called.dim() == 3 and called.shape[-1] == 1:  # as a single feature
@@ -661,6 +686,16 @@ def _of_whole(batch: Batch, chunk: Chunk, *, one_each: bool) -> Chunk:
     return replace(chunk, given=given, outcome=replace(outcome, cotangents=(), rules=()))
 
 
+def _in_rows(lanes: Sequence[int], batch: Batch) -> tuple[Tensor, Any]:
+    """Return inputs and targets, with the sequences in the order in which the loop put them."""
+    count = len(batch.inputs)
+    if [*lanes] == [*range(count)] or sorted(lanes) != [*range(count)]:
+        return batch.inputs, batch.targets
+    rows = [*lanes]
+    targets = map_tensors(lambda t: t[rows] if t.shape[:1] == (count,) else t, batch.targets)
+    return batch.inputs[rows], targets
+
+
 def _laid_out(change: Callable[[Tensor], Tensor], x: Tensor, target: Any) -> tuple[Tensor, Any]:
     """Change inputs (B, T, ...) and what of the targets has time steps as well."""
     return change(x), map_tensors(lambda t: change(t) if t.shape[:2] == x.shape[:2] else t, target)
@@ -670,10 +705,10 @@ def _ordinary(
     chunk: Chunk, gradients: Tensors, state: Any, rules: Sequence[Rule], contract: Contract
 ) -> Ending:
     assert chunk.given is not None
-    # Not judged: parameters that no optimizer owns, and those that a learned initial state comes
-    # from, for their gradient takes a way that is the loop's own.
+    # Not judged: parameters that no optimizer owns or that are frozen, and those that a learned
+    # initial state comes from, for their gradient takes a way that is the loop's own.
     owned = {name for rule in rules for group in rule.groups for name in group["params"]}
-    judged = owned - chunk.given.feeding
+    judged = (owned & chunk.given.trainable) - chunk.given.feeding
     copies = {n: nn.Parameter(p.clone()) for n, p in chunk.given.parameters.items()}
     names = {id(parameter): name for name, parameter in copies.items()}
     memory: dict[str, Tensor] = {}

@@ -5,7 +5,7 @@ Shapes: B sequences, K time steps in a chunk, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -68,6 +68,58 @@ class Nest:
         )
         made = iter([_from_features(*piece) for piece in pieces])
         return map_tensors(lambda _: next(made), self.tree)
+
+
+@dataclass(frozen=True, eq=False)
+class Heads:
+    """The predictions of one call: each as forward returned it, and all of them as one tensor."""
+
+    tensors: tuple[Tensor, ...]
+    joined: Tensor
+    nest: Nest | None
+
+    @property
+    def attached(self) -> list[Tensor]:
+        """Those that have a graph: of the others, nobody sees the loss's gradient."""
+        return [tensor for tensor in self.tensors if tensor.grad_fn is not None]
+
+    @property
+    def of_each(self) -> Tensor:
+        """The joined ones without what is a number, for that is one of all sequences."""
+        if self.nest is None:
+            return self.joined
+        pieces = torch.split(self.joined, self.nest.sizes, dim=-1)
+        shapes = zip(pieces, self.nest.features, strict=True)
+        return torch.cat([piece for piece, shape in shapes if shape is not None], dim=-1)
+
+    def slopes(self, cotangents: Sequence[Tensor | None]) -> Tensor | None:
+        """Lay the gradients by those attached out as that by the joined ones."""
+        if self.nest is None:
+            return next(iter(cotangents), None)
+        lead, total = self.joined.shape[:-1], None
+        indices = [i for i, tensor in enumerate(self.tensors) if tensor.grad_fn is not None]
+        for index, cotangent in zip(indices, cotangents, strict=True):
+            if cotangent is not None:
+                slope = self.nest.slopes(index, cotangent, lead)
+                total = slope if total is None else total + slope
+        return total
+
+    def cotangents(self, slopes: Tensor) -> list[Tensor]:
+        """Return the gradient by each of those attached, of that by the joined ones."""
+        if self.nest is None:
+            return [slopes]
+        pieces = torch.split(slopes, self.nest.sizes, dim=-1)
+        return [
+            (piece.reshape(tensor.shape) if tensor.dim() else piece.sum()).to(tensor)
+            for piece, tensor in zip(pieces, self.tensors, strict=True)
+            if tensor.grad_fn is not None
+        ]
+
+
+def heads_of(tree: Any) -> Heads | None:
+    """Return predictions as heads; None where there are none that go together."""
+    pair = joined(tree)
+    return None if pair is None else Heads(tuple(leaves(tree).values()), *pair)
 
 
 def _as_features(tensor: Tensor, shape: torch.Size | None, lead: torch.Size) -> Tensor:

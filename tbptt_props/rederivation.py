@@ -8,7 +8,7 @@ slope comes from values alone.
 from __future__ import annotations
 
 import copy
-import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ from tbptt_props.compiling import as_written
 from tbptt_props.device import drawn
 from tbptt_props.forward import Arguments, Forward
 from tbptt_props.graph import hooked, nodes_behind
-from tbptt_props.layout import alike, as_the_loss_takes, of_parts
+from tbptt_props.layout import Heads, alike, as_the_loss_takes, of_parts
 from tbptt_props.precision import autocasting
 from tbptt_props.process import randomness, set_randomness
 from tbptt_props.state import dense, leaves, map_tensors, value_of
@@ -91,13 +91,15 @@ class _Again:
     """A chunk's forward and loss, run again; the graph is alive."""
 
     predictions: list[Tensor]
+    heads: list[Heads]  # the same, as forward returned them
     state: Any
     nodes: set[Any]
     connected: bool  # a path leads from what came out to the incoming state
     draws: bool  # random numbers were drawn
     form: Form
     loss: Tensor | None
-    cotangents: list[Tensor | None]
+    cotangents: list[Tensor | None]  # by way of other predictions, too
+    direct: list[Tensor | None]  # but for those ways
     gradients: Tensors  # of that loss
 
 
@@ -160,18 +162,20 @@ def _with_slopes(
 
 def _run(subject: Subject, given: Given, found: float, form: Form | None = None) -> _Again:
     incoming = map_tensors(_wanting_gradient, given.calls[0].state)
-    predictions, state = _forward(subject, given, incoming)
+    heads, state = _forward_in_heads(subject, given, incoming)
+    predictions = [call.joined for call in heads]
     draws = not torch.equal(drawn(), given.randomness[0])
     nodes = nodes_behind([*predictions, *leaves(state).values()])
     form = form or _form_of(subject, given, predictions, found)
     loss = None
     cotangents: list[Tensor | None] = [None] * len(predictions)
-    gradients: Tensors = {}
+    direct, gradients = cotangents, dict[str, Tensor]()
     if given.target is not None:
         loss = _as_trained(subject, given, predictions, form)
-        cotangents, gradients = _differentiated(loss, predictions, _trainable(subject))
+        cotangents, direct, gradients = _differentiated(loss, heads, _trainable(subject))
     return _Again(
         predictions=predictions,
+        heads=heads,
         state=state,
         nodes=nodes,
         connected=_connected(nodes, leaves(incoming).values()),
@@ -179,6 +183,7 @@ def _run(subject: Subject, given: Given, found: float, form: Form | None = None)
         form=form,
         loss=loss,
         cotangents=cotangents,
+        direct=direct,
         gradients=gradients,
     )
 
@@ -203,8 +208,8 @@ def _steps_reached(subject: Subject, given: Given, time: int, start: int) -> fro
     first = given.calls[0]
     x = _wanting_gradient(first.x)
     arguments = Arguments(x, None, first.handed, value_of(first.others))
-    prediction, _ = Forward(subject).again(arguments, value_of(first.state))
-    steps = x.shape[time]
+    heads, _ = Forward(subject).again(arguments, value_of(first.state))
+    prediction, steps = heads.joined, x.shape[time]
     if prediction.dim() <= time or prediction.shape[time] != steps:
         return None
     last = prediction.select(time, steps - 1).sum()
@@ -220,12 +225,23 @@ def _trainable(subject: Subject) -> dict[str, nn.Parameter]:
 
 
 def _differentiated(
-    loss: Tensor, predictions: Sequence[Tensor], trainable: Mapping[str, nn.Parameter]
-) -> tuple[list[Tensor | None], Tensors]:
-    """Return the loss's gradient by each prediction, and by each parameter."""
-    grads = _gradients([loss], [*predictions, *trainable.values()], [None])
-    by_parameter = zip(trainable, grads[len(predictions) :], strict=True)
-    return list(grads[: len(predictions)]), {n: g for n, g in by_parameter if g is not None}
+    loss: Tensor, heads: Sequence[Heads], trainable: Mapping[str, nn.Parameter]
+) -> tuple[list[Tensor | None], list[Tensor | None], dict[str, Tensor]]:
+    """Return the loss's gradient by each call's predictions, twice, and by each parameter.
+
+    One prediction may be made of another. First is what is seen of them from outside, in which
+    that way counts; second what the loss itself makes of them.
+    """
+    apart, whole = [call.attached for call in heads], [call.joined for call in heads]
+    wanted = [*itertools.chain(*apart), *whole, *trainable.values()]
+    grads = iter(_gradients([loss], wanted, [None]))
+    seen = [
+        call.slopes([*itertools.islice(grads, len(own))])
+        for call, own in zip(heads, apart, strict=True)
+    ]
+    direct = [*itertools.islice(grads, len(whole))]
+    by_parameter = zip(trainable, grads, strict=True)
+    return seen, direct, {n: g for n, g in by_parameter if g is not None}
 
 
 def _gradients(
@@ -259,12 +275,28 @@ def _of_the_loss_seen(subject: Subject, given: Given, again: _Again, outcome: Ou
         return again.gradients
     if _same_all(seen, again.cotangents):
         return again.gradients
-    predictions = again.predictions
-    if any(call.is_state for call in given.calls):
-        # What comes by way of the next call is in the gradient that was seen: not once more.
-        _load_values(subject.module, given)
-        predictions, _ = _forward(subject, given, value_of(given.calls[0].state), apart=True)
-    return _pulled_back(predictions, seen, _trainable(subject))
+    trainable = _trainable(subject)
+    if not any(call.is_state or call.nest for call in given.calls):
+        return _pulled_back(again.predictions, seen, trainable)
+    apart = [tensor for call in again.heads for tensor in call.attached]
+    pairs = zip(again.heads, seen, strict=True)
+    found = [g for call, slopes in pairs if slopes is not None for g in call.cotangents(slopes)]
+    return _pulled_back(apart, _direct(apart, found), trainable)
+
+
+def _direct(predictions: Sequence[Tensor], seen: Sequence[Tensor]) -> list[Tensor | None]:
+    """Take away from the gradient by each prediction what comes by way of those made of it."""
+    direct: list[Tensor | None] = [None] * len(seen)
+    for i in sorted(range(len(seen)), key=lambda i: -_number(predictions[i])):
+        by_way = _pulled_back(predictions, direct, {"": predictions[i]})
+        direct[i] = seen[i] - by_way[""] if by_way else seen[i]
+    return direct
+
+
+def _number(tensor: Tensor) -> int:
+    """Return the number of a tensor's node: what is made of it has a later one."""
+    assert tensor.grad_fn is not None
+    return tensor.grad_fn._sequence_nr()
 
 
 def _same_all(ones: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
@@ -304,17 +336,18 @@ def put_buffer(module: nn.Module, name: str, buffer: Tensor, value: Tensor) -> N
     setattr(module.get_submodule(head), tail, value.clone())
 
 
-def _forward(
-    subject: Subject, given: Given, state: Any, *, apart: bool = False
-) -> tuple[list[Tensor], Any]:
-    """Repeat the calls of a chunk, each from the state that the one before it ended in.
+def _forward(subject: Subject, given: Given, state: Any) -> tuple[list[Tensor], Any]:
+    heads, state = _forward_in_heads(subject, given, state)
+    return [call.joined for call in heads], state
 
-    If `apart`, what is both a prediction and the state is handed on without its graph.
+
+def _forward_in_heads(subject: Subject, given: Given, state: Any) -> tuple[list[Heads], Any]:
+    """Repeat the calls of a chunk, each from the state that the one before it ended in.
 
     Raises:
         ObservationError: the loop makes another state of it on its way to the next call.
     """
-    predictions: list[Tensor] = []
+    heads: list[Heads] = []
     forward = Forward(subject)
     for i, call in enumerate(given.calls):
         if i and given.turns:
@@ -323,18 +356,17 @@ def _forward(
             state = value_of(call.state)
         elif i and not alike(given.calls[i - 1].state_after, call.state):
             raise ObservationError(REWORKED)
-        prediction, state = _repeat(forward, call, state)
-        predictions.append(prediction)
-        if apart:
-            state = map_tensors(functools.partial(_cut_off_if, prediction), state)
-    return predictions, state
-
-
-def _cut_off_if(prediction: Tensor, leaf: Tensor) -> Tensor:
-    return leaf.detach() if leaf is prediction else leaf
+        found, state = _in_heads(forward, call, state)
+        heads.append(found)
+    return heads, state
 
 
 def _repeat(forward: Forward, call: Call, state: Any) -> tuple[Tensor, Any]:
+    heads, state = _in_heads(forward, call, state)
+    return heads.joined, state
+
+
+def _in_heads(forward: Forward, call: Call, state: Any) -> tuple[Heads, Any]:
     arguments = Arguments(value_of(call.x), None, call.handed, value_of(call.others))
     return forward.again(arguments, state)
 
@@ -414,14 +446,14 @@ def _sequence_dimension(chunk: Chunk, given: Given) -> int | None:
 def _with_row(
     subject: Subject, given: Given, dim: int, row: int = 0, otherwise: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Run a chunk's first call; return its prediction, and the random numbers it left."""
+    """Run a chunk's first call; return what it predicts of each, and the random numbers it left."""
     first = given.calls[0]
     x = first.x.clone()
     if otherwise is not None:
         x.select(dim, row).copy_(otherwise)
     _load_values(subject.module, given)
-    prediction, _ = _repeat(Forward(subject), replace(first, x=x), value_of(first.state))
-    return prediction, drawn()
+    heads, _ = _in_heads(Forward(subject), replace(first, x=x), value_of(first.state))
+    return heads.of_each, drawn()
 
 
 def _moves(
@@ -601,7 +633,7 @@ def _time_of(predictions: Sequence[Tensor], target: Any, context: int = 0) -> in
 def _pulled_back(
     predictions: Sequence[Tensor],
     cotangents: Sequence[Tensor | None],
-    trainable: Mapping[str, nn.Parameter],
+    trainable: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Carry the loss's gradient by the predictions back to the parameters, by autograd."""
     pairs = [(p, g) for p, g in zip(predictions, cotangents, strict=True) if g is not None]
@@ -747,13 +779,13 @@ def _stopped_in_loss(subject: Subject, given: Given, again: _Again) -> bool:
     _load_values(subject.module, given)
     again = _run(subject, given, float(again.loss.detach()))  # in which nothing was nudged yet
     trainable = _trainable(subject)
-    through = _pulled_back(again.predictions, again.cotangents, trainable)
+    through = _pulled_back(again.predictions, again.direct, trainable)
     if through.keys() != again.gradients.keys() or not all(
         close(g, again.gradients[name]) for name, g in through.items()
     ):
         return False  # parameters are used in the loss itself
     told = _along(trainable, through)
-    cotangents = [None if g is None else g.detach() for g in again.cotangents]
+    cotangents = [None if g is None else g.detach() for g in again.direct]
 
     def linear(predictions: Sequence[Tensor]) -> float:
         pairs = zip(predictions, cotangents, strict=True)

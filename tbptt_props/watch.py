@@ -220,6 +220,7 @@ class Watch:
         self.horizon = -1  # nodes up to here belong to chunks gone by
         self.known: dict[str, Tensor] = {}  # the parameters when last looked at
         self.known_when = "training began"
+        self.ever_trainable: frozenset[str] = frozenset()  # in some forward
         self.moves: list[tuple[str, Difference]] = []
         self.memory: dict[int, tuple[type, Mapping[str, Any]]] = {}  # by parameter's id
         self.early: list[tuple[object, Rule]] = []
@@ -626,10 +627,12 @@ class Watch:
 
     def _snapshot(self) -> _Snapshot:
         """Write down what forward may depend on; the parameters only if they are not known yet."""
+        trainable = frozenset(n for n, p in self.module.named_parameters() if p.requires_grad)
+        self.ever_trainable |= trainable
         return _Snapshot(
             parameters=self.known,
             buffers={name: b.detach().clone() for name, b in self.module.named_buffers()},
-            trainable=frozenset(n for n, p in self.module.named_parameters() if p.requires_grad),
+            trainable=trainable,
             attributes=plain_attributes(self.module),
             randomness=randomness(),
             autocast=autocast_in_force(self.device),
@@ -661,9 +664,12 @@ class Watch:
             self.moves = []
 
     def _trained(self, name: str) -> bool:
-        """Tell whether an optimizer reads a parameter, as far as optimizers are known."""
+        """Tell whether an optimizer reads a parameter, as far as optimizers are known.
+
+        It may own one that never wants a gradient: an average of others, which the loop keeps.
+        """
         owned = {n for optimizer in self.training.optimizers for n in self._owned(optimizer)}
-        return not owned or name in owned
+        return name in self.ever_trainable and (not owned or name in owned)
 
     # Backward -------------------------------------------------------------------------------
 

@@ -133,9 +133,9 @@ def test_a_call_can_be_made_again(name: str) -> None:
     module = kind()
     forward = forward_of(module, **told)
 
-    prediction, state = forward.again(forward.arguments(args, kwargs), H)
+    heads, state = forward.again(forward.arguments(args, kwargs), H)
 
-    assert torch.equal(prediction, module(*args, **kwargs)[0])
+    assert torch.equal(heads.joined, module(*args, **kwargs)[0])
     assert state is H
 
 
@@ -148,7 +148,7 @@ def test_a_call_without_a_state_has_none_and_is_made_again_without(kind: type[Mo
 
     assert not found.has_state
     assert found.state is None
-    assert torch.equal(forward.again(found, H)[0], module(X)[0])
+    assert torch.equal(forward.again(found, H)[0].joined, module(X)[0])
 
 
 def test_a_state_of_none_is_a_state_that_was_handed_over() -> None:
@@ -313,7 +313,7 @@ def test_a_call_from_a_kept_state_can_be_made_again_and_again(name: str) -> None
     forward = forward_of(module, state=attribute)
     arguments = forward.arguments((X,), {})
 
-    predictions = [forward.again(arguments, arguments.state)[0].item() for _ in range(3)]
+    predictions = [forward.again(arguments, arguments.state)[0].joined.item() for _ in range(3)]
 
     assert predictions == [24.0] * 3
 
@@ -334,8 +334,8 @@ def test_a_gradient_reaches_a_kept_state_that_was_put_in() -> None:
     forward = forward_of(Keeps(), state="h")
     h = torch.zeros(2, 4, requires_grad=True)
 
-    prediction, _ = forward.again(Arguments(X, {"h": h}, True, ((), {})), {"h": h})
-    (gradient,) = torch.autograd.grad(prediction, [h])
+    heads, _ = forward.again(Arguments(X, {"h": h}, True, ((), {})), {"h": h})
+    (gradient,) = torch.autograd.grad(heads.joined, [h])
 
     assert torch.equal(gradient, torch.ones(2, 4))
 

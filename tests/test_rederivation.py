@@ -20,7 +20,8 @@ from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, RMSprop
 
 import tbptt_props as tb
 from tbptt_props.compare import near_slope
-from tbptt_props.process import randomness, set_randomness
+from tbptt_props.layout import joined
+from tbptt_props.process import randomness, set_randomness, undisturbed
 from tbptt_props.rederivation import rederive
 from tbptt_props.trace import Call, Chunk, Difference, Expected, Given, Outcome, Rule
 from tbptt_ref import closed_form, oracle
@@ -207,6 +208,36 @@ def test_gradients_are_those_of_the_loss_that_the_subject_really_had() -> None:
     assert_close(twice.gradients, {name: 2 * g for name, g in once.gradients.items()})
     assert_close(twice.cotangents, once.cotangents)
     assert twice.slope == once.slope
+
+
+class ReturnsItsFeatures(Model):
+    """The features come beside the prediction that is made of them."""
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        features, state = self.core(x, state)
+        return {"y": self.readout(features), "features": features}, state
+
+
+def test_a_prediction_on_the_way_to_another_is_not_gone_back_from_twice() -> None:
+    plain = model()
+    module = ReturnsItsFeatures(plain.core, plain.readout)
+    with undisturbed(dtype=torch.float64, seed=0):
+        x = CASE.tensors()[0][0]
+        pair = joined(module(x)[0])
+        assert pair is not None
+        calls = (Call(x, None, ((), {}), nest=pair[1]),)
+        once = due(module, chunk(module, calls=calls), of_both)
+        (cotangent,) = once.cotangents
+        assert cotangent is not None
+        doubled = replace(NO_RULES, cotangents=(2 * cotangent,))
+        twice = due(module, chunk(module, calls=calls, outcome=doubled), of_both)
+
+    assert_close(twice.gradients, {name: 2 * g for name, g in once.gradients.items()})
+
+
+def of_both(prediction: Any, target: Tensor) -> Tensor:
+    cost: Tensor = prediction["features"].square().mean()
+    return mse_loss(prediction["y"], target) + cost
 
 
 def test_without_targets_there_is_no_loss_but_the_gradients_of_the_one_that_was_seen() -> None:

@@ -946,7 +946,167 @@ def tokens(case: tb.Case) -> list[Any]:
     return [torch.randint(9, (b, t + 1), generator=generator) for b, t in case.sizes()]
 
 
+class SortedByContent(Loop):
+    """The batch is sorted by what it holds before it is cut; features are dropped out."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        order = batch[1][:, 0, 0].argsort()
+        super().training_step([part[order] for part in batch], batch_idx)
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        features, state = self.core(x, state)
+        return self.readout(F.dropout(features, 0.5)), state
+
+
+class ShuffledAnew(Loop):
+    """The order of the sequences is drawn once a batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        order = torch.randperm(len(batch[0]))
+        super().training_step([part[order] for part in batch], batch_idx)
+
+
+class FeaturesBesides(Loop):
+    """Forward returns the features of which its prediction is made: their size has a cost."""
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        features, state = self.core(x, state)
+        return (self.readout(features), features), state
+
+    def loss(self, prediction: Any, target: Tensor) -> Tensor:
+        return regularised(prediction, target)
+
+
+def regularised(prediction: Any, target: Tensor) -> Tensor:
+    value: Tensor = F.mse_loss(prediction[0], target) + 0.5 * prediction[1].pow(2).mean()
+    return value
+
+
+class FeaturesByStep(FeaturesBesides):
+    """Forward runs a single time step, and its features are the state."""
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.core = nn.GRUCell(case.inputs, case.hidden)
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        state = self.core(x, state)
+        return (self.readout(state), state), state
+
+    def train_on(self, x: Tensor, y: Tensor, state: Any) -> Any:
+        opt: Any = self.optimizers()
+        made = []
+        for step in x.unbind(1):
+            prediction, state = self(step, state)
+            made.append(prediction)
+        opt.zero_grad()
+        heads = [torch.stack(head, dim=1) for head in zip(*made, strict=True)]
+        self.manual_backward(self.loss(heads, y))
+        opt.step()
+        return state.detach()
+
+
+class HeadForTheLog(MeanAndVariance):
+    """The loss leaves one of the heads out, as it is told."""
+
+    def loss(self, prediction: Any, target: Tensor) -> Tensor:
+        return of_the_first(prediction, target)
+
+
+def of_the_first(prediction: Any, target: Tensor) -> Tensor:
+    return F.mse_loss(prediction[0], target)
+
+
+class PredictsItsFeatures(MeanAndVariance):
+    """One head is to come close to what is a constant for the loss: forward has detached it."""
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.spread = nn.Linear(case.hidden, case.hidden)
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        features, state = self.core(x, state)
+        cost = (features.detach() ** 2).mean()
+        return (self.readout(features), self.spread(features), features.detach(), cost), state
+
+    def loss(self, prediction: Any, target: Tensor) -> Tensor:
+        return self_supervised(prediction, target)
+
+
+def self_supervised(prediction: Any, target: Tensor) -> Tensor:
+    mean, guess, features, cost = prediction
+    value: Tensor = F.mse_loss(mean, target) + 0.1 * F.mse_loss(guess, features) + 0.1 * cost
+    return value
+
+
+class FrozenAverage(Loop):
+    """An average of the readout's parameters is frozen, but the optimizer got all there are."""
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.average = nn.Linear(case.hidden, case.outputs).requires_grad_(False)
+
+    @torch.no_grad()
+    def after_the_update(self) -> None:
+        pairs = zip(self.average.parameters(), self.readout.parameters(), strict=True)
+        for mean, parameter in pairs:
+            mean.lerp_(parameter, 0.1)
+
+
 # What is wrong: one mistake each.
+
+
+class FrozenForTheMove(Loop):
+    """The readout is frozen for as long as it takes to shrink it."""
+
+    def after_the_update(self) -> None:
+        self.readout.requires_grad_(False)
+        for parameter in self.readout.parameters():
+            parameter.mul_(0.99)
+        self.readout.requires_grad_(True)
+
+
+class FrozenAfterwards(Loop):
+    """... and stays frozen until the next chunk."""
+
+    def train_on(self, x: Tensor, y: Tensor, state: Any) -> Any:
+        self.readout.requires_grad_(True)
+        state = super().train_on(x, y, state)
+        self.readout.requires_grad_(False)
+        for parameter in self.readout.parameters():
+            parameter.mul_(0.99)
+        return state
+
+
+class FeaturesAttached(FeaturesBesides):
+    """The features are regularised, and the state keeps its graph."""
+
+    def cut(self, state: Any) -> Any:
+        return state
+
+
+class FeaturesForgotten(FeaturesBesides):
+    """The features are detached before their size is regularised."""
+
+    def loss(self, prediction: Any, target: Tensor) -> Tensor:
+        return regularised((prediction[0], prediction[1].detach()), target)
+
+
+class FeaturesHalved(FeaturesBesides):
+    """The gradients of what makes the features are halved."""
+
+    def before_the_update(self, opt: Any) -> None:
+        for parameter in self.core.parameters():
+            assert parameter.grad is not None
+            parameter.grad *= 0.5
+
+
+class TargetsStay(Loop):
+    """The inputs are put in another order, and the targets stay."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        super().training_step((x.flip(0), y), batch_idx)
 
 
 class OneHeadForgotten(MeanAndVariance):
@@ -1078,7 +1238,7 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
     "mean_and_variance": (told(MeanAndVariance, loss=unlikelihood), set()),
     "divergence": (
         told(Divergence, loss=diverging, outputs=lambda out: (out[:2], out[2])),
-        {"no_sequence_looks_at_another", "state_sums_up_the_chunk"},
+        {"state_sums_up_the_chunk"},
     ),
     "actor_and_critic": (
         told(ActorAndCritic, loss=of_actor_and_critic),
@@ -1161,6 +1321,19 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
             "the_update_follows_the_optimizers_rule",
         },
     ),
+    "sorted_by_content": (told(SortedByContent), {"state_sums_up_the_chunk"}),
+    "shuffled_anew": (told(ShuffledAnew), set()),
+    "features_besides": (told(FeaturesBesides, loss=regularised), set()),
+    "features_by_step": (
+        told(FeaturesByStep, loss=regularised),
+        {"state_sums_up_the_chunk"},
+    ),
+    "head_for_the_log": (told(HeadForTheLog, loss=of_the_first), set()),
+    "frozen_average": (told(FrozenAverage), set()),
+    "predicts_its_features": (
+        told(PredictsItsFeatures, loss=self_supervised),
+        {"gradients_span_the_whole_chunk", "state_sums_up_the_chunk"},
+    ),
 }
 
 # Each with the property that says it best; others may be broken by the same mistake.
@@ -1208,4 +1381,10 @@ WRONG: dict[str, tuple[Build, str]] = {
     "holder_drops_it": (told(HolderDropsIt), "state_crosses_every_boundary"),
     "holder_keeps_its_graph": (told(HolderKeepsItsGraph), "graph_crosses_no_boundary"),
     "noisy_state_dropped": (told(NoisyStateDropped), "state_crosses_every_boundary"),
+    "targets_stay": (told(TargetsStay), "loss_is_the_chunks_own"),
+    "features_attached": (told(FeaturesAttached, loss=regularised), "graph_crosses_no_boundary"),
+    "features_forgotten": (told(FeaturesForgotten, loss=regularised), "loss_is_the_chunks_own"),
+    "features_halved": (told(FeaturesHalved, loss=regularised), "gradients_are_the_chunks_own"),
+    "frozen_for_the_move": (told(FrozenForTheMove), "nothing_but_the_update_moves_parameters"),
+    "frozen_afterwards": (told(FrozenAfterwards), "nothing_but_the_update_moves_parameters"),
 }
