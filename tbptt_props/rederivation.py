@@ -48,6 +48,7 @@ Form = Literal["whole", "mean", "sum"]  # how a loss is put together from severa
 _Measured = TypeVar("_Measured")
 
 ROUNDING = 1e-15  # a few of float64's units in the last place
+OTHERS = 8  # inputs on which to look for what depends on a time step
 NUDGE = 1e-5  # central differences in float64: truncation error near NUDGE² = 1e-10
 
 
@@ -368,7 +369,57 @@ def _in_two(
     if wrong:  # a forward may make weights anew in buffers with every call, as spectral norm does
         _put_buffers(subject.module, given, but=forward.kept)
         _, carried = _repeat(forward, rest, midway)
-    return tuple(worst(leaves(carried), leaves(again.state)))
+    wrong = tuple(worst(leaves(carried), leaves(again.state)))
+    # A memory that is written once a chunk, and features that are padded where it begins, depend on
+    # the cut as well: of a state that is not the last, some part knows nothing of the last step.
+    stale = _ignoring_the_last_step(subject, given, time) if wrong else frozenset()
+    return wrong if stale.intersection(d.name for d in wrong) or not wrong else None
+
+
+def _ignoring_the_last_step(subject: Subject, given: Given, time: int) -> frozenset[str]:
+    """Name the leaves of a state that inputs move, but never those of the last time step.
+
+    None do where the predictions ignore that step as well, as where frames are skipped.
+    """
+    first, last = given.calls[0], given.calls[0].x.shape[time] - 1
+    moving: set[str] = set()  # by the last time step
+    before: Tensors | None = None
+    moved: set[str] = set()
+    noticed = False
+    for x in _others_like(first.x, time):
+        prediction, due = _ran(subject, given, x)
+        moved |= _differing(due, before or due)
+        before = due
+        for step in _others_for(x, time, last):
+            other = x.clone()
+            other.select(time, last).copy_(step)
+            predicted, after = _ran(subject, given, other)
+            moving |= _differing(after, due)
+            noticed = noticed or not same(predicted, prediction)
+    return frozenset(moved - moving) if noticed else frozenset()
+
+
+def _others_like(x: Tensor, time: int) -> Iterator[Tensor]:
+    """Yield a chunk's inputs, and some others: a maximum over time may be taken anywhere."""
+    yield x
+    generator = _fixed()
+    for by in range(1, OTHERS):
+        if x.is_floating_point():
+            yield torch.randn(x.shape, generator=generator).to(x)
+        else:
+            yield x.roll(by, time).flip(1 - time)
+
+
+def _ran(subject: Subject, given: Given, x: Tensor) -> tuple[Tensor, Tensors]:
+    """Run a chunk's first call on other inputs; return its prediction, and the state's leaves."""
+    first = given.calls[0]
+    _load_values(subject.module, given)
+    prediction, state = _repeat(Forward(subject), replace(first, x=x), value_of(first.state))
+    return prediction, leaves(state)
+
+
+def _differing(found: Tensors, due: Tensors) -> set[str]:
+    return {path for path in found.keys() & due.keys() if not same(found[path], due[path])}
 
 
 @torch.no_grad()

@@ -600,6 +600,61 @@ class NoisyStateDropped(NoiseOnTheState):
         return None
 
 
+class MemoryOfTheChunk(Loop):
+    """A memory is written once a chunk, of all its features."""
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        features, _ = self.core(x, state)
+        return self.readout(features), self.summed_up(features).unsqueeze(0)
+
+    def summed_up(self, features: Tensor) -> Tensor:
+        return features.mean(dim=1)
+
+
+class LargestOfTheChunk(MemoryOfTheChunk):
+    """That memory is the largest value of each feature, be it the last time step's or not."""
+
+    def summed_up(self, features: Tensor) -> Tensor:
+        return features.amax(dim=1)
+
+
+class MemoryOfAllButTheLast(MemoryOfTheChunk):
+    """That memory leaves the last time step out."""
+
+    def summed_up(self, features: Tensor) -> Tensor:
+        return features[:, : max(1, features.shape[1] - 1)].mean(dim=1)
+
+
+class PaddedByZeros(Loop):
+    """A causal convolution, which sees zeros before each chunk."""
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.convolution = nn.Conv1d(case.inputs, case.inputs, 3)
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        seen = self.convolution(F.pad(x.transpose(1, 2), (2, 0)))
+        return super().forward(torch.tanh(seen).transpose(1, 2), state)
+
+
+class TicksOnceAChunk(Loop):
+    """A slow cell ticks at the end of a chunk, and counts; the fast one is told its state."""
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.slow = nn.GRUCell(case.hidden, case.hidden)
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        zeros = x.new_zeros(len(x), self.slow.hidden_size)
+        slow, fast, ticks = state or (zeros, None, x.new_zeros(()))
+        features, fast = self.core(x, fast)
+        prediction = self.readout(features + slow.unsqueeze(1))
+        return prediction, (self.slow(fast[0], slow), fast, ticks + 1)
+
+    def cut(self, state: Any) -> Any:
+        return tuple(part.detach() for part in state)
+
+
 def shifted(ids: Tensor) -> tuple[Tensor, Tensor]:
     return ids[:, :-1], ids[:, 1:]
 
@@ -627,6 +682,10 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
             "state_sums_up_the_chunk",
         },
     ),
+    "memory_of_the_chunk": (told(MemoryOfTheChunk), {"state_sums_up_the_chunk"}),
+    "largest_of_the_chunk": (told(LargestOfTheChunk), {"state_sums_up_the_chunk"}),
+    "padded_by_zeros": (told(PaddedByZeros), {"state_sums_up_the_chunk"}),
+    "ticks_once_a_chunk": (told(TicksOnceAChunk), {"state_sums_up_the_chunk"}),
     "flat_predictions": (told(FlatPredictions), {"state_sums_up_the_chunk"}),
     "squeezed_predictions": (
         lambda case: tb.Subject(
@@ -696,5 +755,6 @@ WRONG: dict[str, tuple[Build, str]] = {
     ),
     "holder_drops_it": (told(HolderDropsIt), "state_crosses_every_boundary"),
     "holder_keeps_its_graph": (told(HolderKeepsItsGraph), "graph_crosses_no_boundary"),
+    "memory_of_all_but_the_last": (told(MemoryOfAllButTheLast), "state_sums_up_the_chunk"),
     "noisy_state_dropped": (told(NoisyStateDropped), "state_crosses_every_boundary"),
 }
