@@ -29,6 +29,7 @@ from tbptt_props.precision import autocasting
 from tbptt_props.process import randomness, set_randomness
 from tbptt_props.state import dense, leaves, map_tensors, value_of
 from tbptt_props.subject import ObservationError, Subject
+from tbptt_props.surrogate import takes_anothers_gradient
 from tbptt_props.trace import (
     REWORKED,
     Call,
@@ -732,6 +733,8 @@ def _slopes(
         return None, None, "the loss has a kink close by"
     if _hooked(subject, given):
         return None, None, "gradients that no hook of the subject's changes on their way"
+    if _is_straight_through(subject, given):
+        return None, None, "a forward that gives no value another one's gradient, straight through"
     if _kept_in_buffers(subject, given):
         return None, None, "a forward that keeps nothing of its parameters, as spectral norm does"
     if _stopped_in_loss(subject, given, again):
@@ -759,6 +762,12 @@ def _hooked(subject: Subject, given: Given) -> bool:
     finally:
         Tensor.register_hook = original  # type: ignore[method-assign]
     return bool(hung)
+
+
+def _is_straight_through(subject: Subject, given: Given) -> bool:
+    """Tell whether forward has a value take another one's gradient, by detaching."""
+    _load_values(subject.module, given)
+    return takes_anothers_gradient(lambda: _forward(subject, given, value_of(given.calls[0].state)))
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
         "subject": {"batch", "case", "contract", "precision", "state"},
         "forward": {"compiling", "layout", "process", "state", "subject"},
         "graph": set(),
+        "surrogate": set(),
         "compiling": set(),
         "scaling": {"graph", "state"},
         "device": set(),
@@ -83,6 +84,7 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
             "process",
             "state",
             "subject",
+            "surrogate",
             "trace",
         },
         "laws": {

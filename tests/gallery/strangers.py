@@ -655,6 +655,36 @@ class TicksOnceAChunk(Loop):
         return tuple(part.detach() for part in state)
 
 
+class StraightThrough(Loop):
+    """Features are rounded, and have the gradient of those that are not."""
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        features, state = self.core(x, state)
+        return self.readout(self.rounded(features)), state
+
+    def rounded(self, features: Tensor) -> Tensor:
+        return features + (features.round() - features).detach()
+
+
+class StraightThroughTheOtherWay(StraightThrough):
+    def rounded(self, features: Tensor) -> Tensor:
+        return features.round().detach() - features.detach() + features
+
+
+class HardGumbel(StraightThrough):
+    """One feature is chosen, by torch's own straight-through estimator."""
+
+    def rounded(self, features: Tensor) -> Tensor:
+        return F.gumbel_softmax(features, hard=True)
+
+
+class BracketTooWide(StraightThrough):
+    """What the difference is added to is detached as well."""
+
+    def rounded(self, features: Tensor) -> Tensor:
+        return (features + (features.tanh() - features)).detach()
+
+
 def shifted(ids: Tensor) -> tuple[Tensor, Tensor]:
     return ids[:, :-1], ids[:, 1:]
 
@@ -686,6 +716,12 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
     "largest_of_the_chunk": (told(LargestOfTheChunk), {"state_sums_up_the_chunk"}),
     "padded_by_zeros": (told(PaddedByZeros), {"state_sums_up_the_chunk"}),
     "ticks_once_a_chunk": (told(TicksOnceAChunk), {"state_sums_up_the_chunk"}),
+    "straight_through": (told(StraightThrough), {"gradients_span_the_whole_chunk"}),
+    "straight_through_the_other_way": (
+        told(StraightThroughTheOtherWay),
+        {"gradients_span_the_whole_chunk"},
+    ),
+    "hard_gumbel": (told(HardGumbel), {"state_sums_up_the_chunk"}),
     "flat_predictions": (told(FlatPredictions), {"state_sums_up_the_chunk"}),
     "squeezed_predictions": (
         lambda case: tb.Subject(
@@ -756,5 +792,6 @@ WRONG: dict[str, tuple[Build, str]] = {
     "holder_drops_it": (told(HolderDropsIt), "state_crosses_every_boundary"),
     "holder_keeps_its_graph": (told(HolderKeepsItsGraph), "graph_crosses_no_boundary"),
     "memory_of_all_but_the_last": (told(MemoryOfAllButTheLast), "state_sums_up_the_chunk"),
+    "bracket_too_wide": (told(BracketTooWide), "gradients_span_the_whole_chunk"),
     "noisy_state_dropped": (told(NoisyStateDropped), "state_crosses_every_boundary"),
 }
