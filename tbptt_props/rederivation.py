@@ -26,7 +26,7 @@ from tbptt_props.forward import Arguments, Forward
 from tbptt_props.graph import nodes_behind
 from tbptt_props.layout import alike, as_the_loss_takes, of_parts
 from tbptt_props.precision import autocasting
-from tbptt_props.process import randomness, set_randomness
+from tbptt_props.process import has_drawn, randomness, set_randomness
 from tbptt_props.state import dense, leaves, map_tensors, value_of
 from tbptt_props.subject import ObservationError, Subject
 from tbptt_props.surrogate import takes_anothers_gradient
@@ -162,7 +162,7 @@ def _with_slopes(
 def _run(subject: Subject, given: Given, found: float, form: Form | None = None) -> _Again:
     incoming = map_tensors(_wanting_gradient, given.calls[0].state)
     predictions, state = _forward(subject, given, incoming)
-    draws = not torch.equal(drawn(), given.randomness[0])
+    draws = has_drawn(given.randomness)
     nodes = nodes_behind([*predictions, *leaves(state).values()])
     form = form or _form_of(subject, given, predictions, found)
     loss = None
@@ -364,7 +364,7 @@ def _in_two(
         return None
     rest = replace(first, x=late, handed=True)
     _, carried = _repeat(forward, rest, value_of(midway))
-    if not torch.equal(torch.get_rng_state(), given.randomness[0]):
+    if has_drawn(given.randomness):
         return None  # noise on a state that comes in, say
     wrong = tuple(worst(leaves(carried), leaves(again.state)))
     if wrong:  # a forward may make weights anew in buffers with every call, as spectral norm does

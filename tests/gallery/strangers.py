@@ -5,9 +5,11 @@ Shapes: B sequences, T time steps, K time steps in a chunk, I inputs, O outputs.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 -- as everybody writes it
 from lightning.pytorch import LightningModule
@@ -685,6 +687,40 @@ class BracketTooWide(StraightThrough):
         return (features + (features.tanh() - features)).detach()
 
 
+class SkipsALayer(Loop):
+    """A second layer is skipped by chance, as Python's own generator has it."""
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.second = nn.GRU(case.hidden, case.hidden, batch_first=True)
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        lower, upper = state or (None, x.new_zeros(1, len(x), self.second.hidden_size))
+        features, lower = self.core(x, lower)
+        if self.chance() < 0.5:
+            deeper, upper = self.second(features, upper)
+            features = features + deeper
+        return self.readout(features), (lower, upper)
+
+    def chance(self) -> float:
+        return random.random()
+
+    def cut(self, state: Any) -> Any:
+        return tuple(part.detach() for part in state)
+
+
+class SkipsALayerByNumpy(SkipsALayer):
+    def chance(self) -> float:
+        return float(np.random.random())
+
+
+class SkipsAndDropsTheState(SkipsALayer):
+    """The state of the layer that may be skipped is dropped."""
+
+    def cut(self, state: Any) -> Any:
+        return state[0].detach(), torch.zeros_like(state[1])
+
+
 def shifted(ids: Tensor) -> tuple[Tensor, Tensor]:
     return ids[:, :-1], ids[:, 1:]
 
@@ -722,6 +758,8 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
         {"gradients_span_the_whole_chunk"},
     ),
     "hard_gumbel": (told(HardGumbel), {"state_sums_up_the_chunk"}),
+    "skips_a_layer": (told(SkipsALayer), {"state_sums_up_the_chunk"}),
+    "skips_a_layer_by_numpy": (told(SkipsALayerByNumpy), {"state_sums_up_the_chunk"}),
     "flat_predictions": (told(FlatPredictions), {"state_sums_up_the_chunk"}),
     "squeezed_predictions": (
         lambda case: tb.Subject(
@@ -793,5 +831,6 @@ WRONG: dict[str, tuple[Build, str]] = {
     "holder_keeps_its_graph": (told(HolderKeepsItsGraph), "graph_crosses_no_boundary"),
     "memory_of_all_but_the_last": (told(MemoryOfAllButTheLast), "state_sums_up_the_chunk"),
     "bracket_too_wide": (told(BracketTooWide), "gradients_span_the_whole_chunk"),
+    "skips_and_drops_the_state": (told(SkipsAndDropsTheState), "state_crosses_every_boundary"),
     "noisy_state_dropped": (told(NoisyStateDropped), "state_crosses_every_boundary"),
 }
