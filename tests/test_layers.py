@@ -94,6 +94,7 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
             "contract",
             "device",
             "forward",
+            "layout",
             "places",
             "precision",
             "process",

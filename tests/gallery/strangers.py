@@ -721,6 +721,57 @@ class SkipsAndDropsTheState(SkipsALayer):
         return state[0].detach(), torch.zeros_like(state[1])
 
 
+class ChangeCosts(Loop):
+    """How far the state goes from where it came in is a part of the loss."""
+
+    def train_on(self, x: Tensor, y: Tensor, state: Any) -> Any:
+        opt: Any = self.optimizers()
+        prediction, after = self(x, state)
+        loss = F.mse_loss(prediction, y)
+        if state is not None:
+            loss = loss + (after - state).pow(2).mean()
+        opt.zero_grad()
+        self.manual_backward(loss)
+        opt.step()
+        return self.cut(after)
+
+
+class ChangeCostsAttached(ChangeCosts):
+    """The state is handed on with its graph."""
+
+    def cut(self, state: Any) -> Any:
+        return state
+
+
+class Distilled(Loop):
+    """A teacher, whose state the loop keeps, has a say in the loss."""
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.teacher = nn.GRU(case.inputs, case.outputs, batch_first=True).requires_grad_(False)
+        self.taught: Any = None
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.taught = None
+        super().training_step(batch, batch_idx)
+
+    def train_on(self, x: Tensor, y: Tensor, state: Any) -> Any:
+        shown, self.taught = self.teacher(x, self.taught)
+        return super().train_on(x, y + shown, state)
+
+
+class MixedLosses(Loop):
+    """How two losses are mixed is drawn once a batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.share = float(torch.rand(()))
+        super().training_step(batch, batch_idx)
+
+    def loss(self, prediction: Any, target: Tensor) -> Tensor:
+        plain, turned = F.mse_loss(prediction, target), F.mse_loss(prediction, target.flip(0))
+        return self.share * plain + (1 - self.share) * turned
+
+
 def shifted(ids: Tensor) -> tuple[Tensor, Tensor]:
     return ids[:, :-1], ids[:, 1:]
 
@@ -760,6 +811,15 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
     "hard_gumbel": (told(HardGumbel), {"state_sums_up_the_chunk"}),
     "skips_a_layer": (told(SkipsALayer), {"state_sums_up_the_chunk"}),
     "skips_a_layer_by_numpy": (told(SkipsALayerByNumpy), {"state_sums_up_the_chunk"}),
+    "change_costs": (
+        told(ChangeCosts, loss=None),
+        {*OF_A_LOSS, "a_run_can_be_resumed_at_any_boundary"},
+    ),
+    "distilled": (
+        told(Distilled, loss=None),
+        {*OF_A_LOSS, "a_run_can_be_resumed_at_any_boundary"},
+    ),
+    "mixed_losses": (told(MixedLosses, loss=None), OF_A_LOSS),
     "flat_predictions": (told(FlatPredictions), {"state_sums_up_the_chunk"}),
     "squeezed_predictions": (
         lambda case: tb.Subject(
@@ -832,5 +892,6 @@ WRONG: dict[str, tuple[Build, str]] = {
     "memory_of_all_but_the_last": (told(MemoryOfAllButTheLast), "state_sums_up_the_chunk"),
     "bracket_too_wide": (told(BracketTooWide), "gradients_span_the_whole_chunk"),
     "skips_and_drops_the_state": (told(SkipsAndDropsTheState), "state_crosses_every_boundary"),
+    "change_costs_attached": (told(ChangeCostsAttached, loss=None), "graph_crosses_no_boundary"),
     "noisy_state_dropped": (told(NoisyStateDropped), "state_crosses_every_boundary"),
 }
