@@ -772,6 +772,24 @@ class MixedLosses(Loop):
         return self.share * plain + (1 - self.share) * turned
 
 
+class Backwards(Loop):
+    """Sequences are run over from their ends."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        super().training_step(tuple(part.flip(1) for part in batch), batch_idx)
+
+
+class BackwardsAnew(Backwards):
+    """Each chunk starts afresh."""
+
+    def cut(self, state: Any) -> Any:
+        return None
+
+
+def turned(batch: Any) -> tuple[Tensor, Tensor]:
+    return batch[0].flip(1), batch[1].flip(1)
+
+
 def shifted(ids: Tensor) -> tuple[Tensor, Tensor]:
     return ids[:, :-1], ids[:, 1:]
 
@@ -820,6 +838,10 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
         {*OF_A_LOSS, "a_run_can_be_resumed_at_any_boundary"},
     ),
     "mixed_losses": (told(MixedLosses, loss=None), OF_A_LOSS),
+    "backwards": (
+        told(Backwards, parts=turned),
+        {"a_run_can_be_resumed_at_any_boundary"},
+    ),
     "flat_predictions": (told(FlatPredictions), {"state_sums_up_the_chunk"}),
     "squeezed_predictions": (
         lambda case: tb.Subject(
@@ -893,5 +915,6 @@ WRONG: dict[str, tuple[Build, str]] = {
     "bracket_too_wide": (told(BracketTooWide), "gradients_span_the_whole_chunk"),
     "skips_and_drops_the_state": (told(SkipsAndDropsTheState), "state_crosses_every_boundary"),
     "change_costs_attached": (told(ChangeCostsAttached, loss=None), "graph_crosses_no_boundary"),
+    "backwards_anew": (told(BackwardsAnew, parts=turned), "state_crosses_every_boundary"),
     "noisy_state_dropped": (told(NoisyStateDropped), "state_crosses_every_boundary"),
 }
