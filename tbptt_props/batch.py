@@ -138,7 +138,12 @@ class Batch:
             return None
         due = (sequences, steps - start - left_out)
         alike = one_each or rest.by_step == self.by_step
-        return rest if rest.inputs.shape[:2] == due and alike else None
+        clear = rest.inputs.shape[:2] == due and alike and rest._is_part_of(self, start)
+        return rest if clear else None
+
+    def _is_part_of(self, other: Batch, start: int) -> bool:
+        """Tell whether its inputs are another's from `start` on: parts may be turned, or scaled."""
+        return torch.equal(self.inputs, other.inputs.narrow(1, start, self.inputs.shape[1]))
 
     def lengths_cut(self, start: int) -> Batch | None:
         """Return it, cut at `start`, with what may be lengths of its sequences cut as well.

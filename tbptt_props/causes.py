@@ -106,9 +106,7 @@ def state_is_ignored(seen: Evidence) -> bool:
 
     Try: features, state = self.core(x, state)
     """
-    ignored = any(look.effect is False for look in seen.looks)
-    unknown = SUMS in seen.broken and all(look.effect is None for look in seen.looks)
-    return ignored or unknown
+    return any(look.effect is False for look in seen.looks)
 
 
 def state_is_not_the_last(seen: Evidence) -> bool:
@@ -116,7 +114,7 @@ def state_is_not_the_last(seen: Evidence) -> bool:
 
     Try: return the state that the last time step ended in
     """
-    return SUMS in seen.broken and not any(look.effect is False for look in seen.looks)
+    return SUMS in seen.broken
 
 
 def state_is_one_chunk_late(seen: Evidence) -> bool:
@@ -1182,7 +1180,7 @@ FINGERPRINTS: tuple[Group, ...] = (
             state_is_changed_on_the_way,
         ),
     ),
-    ((CROSSES, SUMS), (state_is_ignored,)),
+    ((CROSSES,), (state_is_ignored,)),
     ((SUMS,), (state_is_not_the_last,)),
     ((APART,), (core_runs_along_the_batch,)),
     ((AFRESH,), (state_outlives_its_batch,)),

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ from tbptt_props.compare import (
 from tbptt_props.contract import Contract
 from tbptt_props.device import repeats_itself
 from tbptt_props.forward import Arguments, Forward
+from tbptt_props.layout import joined
 from tbptt_props.places import span_of
 from tbptt_props.precision import SKIPPED, overflowed, rounding
 from tbptt_props.process import Watchdog, randomness, set_randomness
@@ -91,6 +94,9 @@ class Bookmarks:
     boundary: Checkpoint | None = None
     reset: Checkpoint | None = None
     trainable: frozenset[str] = frozenset()  # as the batch under way began
+    loss: float | None = None  # of the chunk that goes on from the boundary
+    predictions: tuple[Tensor | None, ...] = ()  # and what it is the loss of
+    slopes: tuple[Tensor | None, ...] = ()  # its gradient by these
     where: tuple[int, int] | None = field(init=False)  # batch and time step of the boundary
 
     def __post_init__(self) -> None:
@@ -143,6 +149,15 @@ class Bookmarks:
         x, others = value_of((arguments.x, arguments.others))
         left = replace(left, trainable=self.trainable)
         self.boundary = replace(left, layout=_layout(arguments.x), x=x, others=others)
+
+    def ended(self, chunk: Chunk) -> None:
+        """Note what came of the chunk that goes on from the boundary."""
+        assert chunk.given is not None
+        assert chunk.outcome is not None
+        if self.loss is None and chunk.span and (chunk.batch, chunk.span[0]) == self.where:
+            self.loss = chunk.outcome.loss
+            self.predictions = tuple(call.prediction for call in chunk.given.calls)
+            self.slopes = chunk.outcome.cotangents
 
     def _before_batch(self, watch: Watch) -> None:
         self.trainable = _trainable(watch.module)
@@ -277,10 +292,48 @@ def resumed(
             return Rerun(where, missing="a boundary at which some sequence goes on")
         return Rerun(where, problem="no chunk starts there", due="one to go on with")
     left = replace(marks.boundary, one_each=watch.one_each)
-    rerun = _rerun(fresh, batches, left, first, where)
+    heard = _Heard()
+    rerun = _rerun(fresh, batches, left, first, where, heard)
     if not _alike(rerun) and any(chunk.followed for chunk in watch.closed):
         return Rerun(where, missing=_OWN_INPUTS)  # drawn by the loop, or made of a whole sequence
+    if not _alike(rerun) and watch.subject.loss is None and heard.is_another_loss(marks):
+        return Rerun(where, missing=_OWN_LOSS)  # of the state that came in, say
     return rerun
+
+
+@dataclass
+class _Heard:
+    """What a run predicted, the loss's gradient by it, and the losses it had, in their order."""
+
+    predictions: list[Tensor] = field(default_factory=list)
+    slopes: dict[int, Tensor] = field(default_factory=dict)  # by the prediction's index
+    losses: list[float] = field(default_factory=list)
+
+    def predicted(self, prediction: Any) -> None:
+        """Note what a call of forward predicts, and be told of the gradient by it."""
+        pair = joined(prediction)
+        if pair is None:
+            return
+        if isinstance(prediction, Tensor) and prediction.requires_grad:
+            take = functools.partial(self._take, len(self.predictions))
+            prediction.register_hook(take)  # type: ignore[no-untyped-call]
+        self.predictions.append(pair[0].detach().clone())
+
+    def _take(self, index: int, slope: Tensor) -> None:
+        before = self.slopes.get(index)
+        self.slopes[index] = slope.detach().clone() if before is None else before + slope.detach()
+
+    def is_another_loss(self, marks: Bookmarks) -> bool:
+        """Tell whether the first chunk is predicted alike, and has another loss nevertheless."""
+        count = len(marks.predictions)
+        alike = 0 < count <= len(self.predictions) and all(
+            one is not None and same(other, one)
+            for one, other in zip(marks.predictions, self.predictions, strict=False)
+        )
+        slopes = [(self.slopes.get(i), slope) for i, slope in enumerate(marks.slopes)]
+        sloped = all(a is None or b is None or same(a, b) for a, b in slopes)
+        told = [total for total in accumulate(self.losses) if total == marks.loss]
+        return alike and bool(self.losses) and not (told and sloped)
 
 
 def _unknown_memory(watch: Watch) -> str:
@@ -296,6 +349,7 @@ def _unknown_memory(watch: Watch) -> str:
 
 _OWN_INPUTS = "inputs of forward that are the batch's own"
 _IN_ORDER = "sequences in the same order in the second run, which sorts or shuffles them"
+_OWN_LOSS = "a loss of predictions and targets: it goes by something that the loop keeps itself"
 _OWN_UPDATES = "a contract by which a batch has its updates for itself"
 _NO_BOUNDARY = {
     False: "a case of at least two chunks",
@@ -334,13 +388,14 @@ def _rerun(
     left: Checkpoint,
     first: Ending,
     where: str,
+    heard: _Heard | None = None,
 ) -> Rerun:
     # A view has the strides that the chunks of the first run had, and kernels may sum in another
     # order for others; but a loop may be unable to take a view, or copy it first. Either will do.
     cut = _cut(batches, left, lambda part: part)
     if cut is None:
         return Rerun(where, missing=_UNCLEAR)
-    rerun = _gone_on(fresh(), cut, left, first, where)
+    rerun = _gone_on(fresh(), cut, left, first, where, heard)
     if left.start and not _alike(rerun):
         contiguous = _cut(batches, left, torch.Tensor.contiguous)
         # Nor may a loop know that it goes on: it tells forward to start, and counts from zero.
@@ -377,11 +432,21 @@ def _cut(
 
 
 def _gone_on(
-    subject: Subject, batches: Sequence[Batch], left: Checkpoint, first: Ending, where: str
+    subject: Subject,
+    batches: Sequence[Batch],
+    left: Checkpoint,
+    first: Ending,
+    where: str,
+    heard: _Heard | None = None,
 ) -> Rerun:
-    going_on = _GoingOn(subject, left, longest=max(b.inputs.shape[1] for b in batches))
+    longest = max(b.inputs.shape[1] for b in batches)
+    going_on = _GoingOn(subject, left, heard or _Heard(), longest=longest)
     wholes = [batch.whole for batch in batches]
-    with going_on.forward.replaced(going_on.called), going_on.noting_rates():
+    with (
+        going_on.forward.replaced(going_on.called),
+        going_on.noting_rates(),
+        going_on.noting_losses(),
+    ):
         error = going_on.watchdog.over(lambda: train(subject, wholes, going_on, skip=left.batch))
     if going_on.missing:
         return Rerun(where, missing=going_on.missing)
@@ -431,8 +496,9 @@ def _at_the_same_rates(rerun: Rerun) -> bool:
 class _GoingOn:
     """Starts a fresh run from a checkpoint."""
 
-    def __init__(self, subject: Subject, left: Checkpoint, *, longest: int) -> None:
+    def __init__(self, subject: Subject, left: Checkpoint, heard: _Heard, *, longest: int) -> None:
         self.subject = subject
+        self.heard = heard
         self.module = subject.module
         self.forward = Forward(subject)
         self.left = left
@@ -460,6 +526,23 @@ class _GoingOn:
             yield
         finally:
             noting.remove()
+
+    @contextlib.contextmanager
+    def noting_losses(self) -> Iterator[None]:
+        """Note the loss of each backward within the block."""
+        original = torch.autograd.backward
+
+        @functools.wraps(original)
+        def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
+            roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+            self.heard.losses.append(sum(float(root.detach().sum()) for root in roots))
+            original(tensors, *args, **kwargs)
+
+        torch.autograd.backward = backward
+        try:
+            yield
+        finally:
+            torch.autograd.backward = original
 
     def training_begun(self, training: Training) -> None:
         self.training = training
@@ -550,6 +633,7 @@ class _GoingOn:
         found = self.forward.came_out(returned)
         if found is not None:
             self.state = value_of(found[1])
+            self.heard.predicted(found[0])
         return returned
 
 

@@ -98,6 +98,7 @@ def run(fresh: Fresh, case: Case, hand_on: Callable[[Chunk], None]) -> Trace:
             skipped.append(chunk.index)
         else:
             diverged.extend(_not_finite(chunk))
+        marks.ended(chunk)
         hand_on(chunk)
 
     subject = anew()

@@ -83,6 +83,17 @@ def set_randomness(state: tuple[Any, ...]) -> None:
     np.random.set_state(state[2])
 
 
+def has_drawn(before: tuple[Any, ...]) -> bool:
+    """Tell whether any of the three was drawn from since `randomness` returned `before`."""
+    torchs, pythons, numpys = randomness()
+    ours = zip(numpys, before[2], strict=True)
+    return (
+        not torch.equal(torchs, before[0])
+        or pythons != before[1]
+        or any(not np.array_equal(one, other) for one, other in ours)
+    )
+
+
 @contextlib.contextmanager
 def _quiet_loggers() -> Iterator[None]:
     """Silence Lightning's banners; its loggers are put back to the levels they had."""

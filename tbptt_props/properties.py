@@ -340,7 +340,10 @@ def gradients_span_the_whole_chunk(link: Link) -> Iterator[Finding]:
 def state_sums_up_the_chunk(link: Link) -> Iterator[Finding]:
     """The state after a chunk is the one that two parts of it, run one after the other, end in."""
     if link.expected.in_two is None:
-        yield NotJudged("a deterministic forward with a state of fixed size, and two time steps")
+        yield NotJudged(
+            "a deterministic forward with a state of fixed size, whatever chunks it is cut into, "
+            "and two time steps"
+        )
         return
     for wrong in link.expected.in_two:
         in_two, in_one = wrong.told

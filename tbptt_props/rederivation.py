@@ -26,9 +26,10 @@ from tbptt_props.forward import Arguments, Forward
 from tbptt_props.graph import hooked, nodes_behind
 from tbptt_props.layout import Heads, alike, as_the_loss_takes, of_parts
 from tbptt_props.precision import autocasting
-from tbptt_props.process import randomness, set_randomness
+from tbptt_props.process import has_drawn, randomness, set_randomness
 from tbptt_props.state import dense, leaves, map_tensors, value_of
 from tbptt_props.subject import ObservationError, Subject
+from tbptt_props.surrogate import takes_anothers_gradient
 from tbptt_props.trace import (
     REWORKED,
     Call,
@@ -48,6 +49,7 @@ Form = Literal["whole", "mean", "sum"]  # how a loss is put together from severa
 _Measured = TypeVar("_Measured")
 
 ROUNDING = 1e-15  # a few of float64's units in the last place
+OTHERS = 8  # inputs on which to look for what depends on a time step
 NUDGE = 1e-5  # central differences in float64: truncation error near NUDGE² = 1e-10
 
 
@@ -164,7 +166,7 @@ def _run(subject: Subject, given: Given, found: float, form: Form | None = None)
     incoming = map_tensors(_wanting_gradient, given.calls[0].state)
     heads, state = _forward_in_heads(subject, given, incoming)
     predictions = [call.joined for call in heads]
-    draws = not torch.equal(drawn(), given.randomness[0])
+    draws = has_drawn(given.randomness)
     nodes = nodes_behind([*predictions, *leaves(state).values()])
     form = form or _form_of(subject, given, predictions, found)
     loss = None
@@ -395,13 +397,63 @@ def _in_two(
         return None
     rest = replace(first, x=late, handed=True)
     _, carried = _repeat(forward, rest, value_of(midway))
-    if not torch.equal(torch.get_rng_state(), given.randomness[0]):
+    if has_drawn(given.randomness):
         return None  # noise on a state that comes in, say
     wrong = tuple(worst(leaves(carried), leaves(again.state)))
     if wrong:  # a forward may make weights anew in buffers with every call, as spectral norm does
         _put_buffers(subject.module, given, but=forward.kept)
         _, carried = _repeat(forward, rest, midway)
-    return tuple(worst(leaves(carried), leaves(again.state)))
+    wrong = tuple(worst(leaves(carried), leaves(again.state)))
+    # A memory that is written once a chunk, and features that are padded where it begins, depend on
+    # the cut as well: of a state that is not the last, some part knows nothing of the last step.
+    stale = _ignoring_the_last_step(subject, given, time) if wrong else frozenset()
+    return wrong if stale.intersection(d.name for d in wrong) or not wrong else None
+
+
+def _ignoring_the_last_step(subject: Subject, given: Given, time: int) -> frozenset[str]:
+    """Name the leaves of a state that inputs move, but never those of the last time step.
+
+    None do where the predictions ignore that step as well, as where frames are skipped.
+    """
+    first, last = given.calls[0], given.calls[0].x.shape[time] - 1
+    moving: set[str] = set()  # by the last time step
+    before: Tensors | None = None
+    moved: set[str] = set()
+    noticed = False
+    for x in _others_like(first.x, time):
+        prediction, due = _ran(subject, given, x)
+        moved |= _differing(due, before or due)
+        before = due
+        for step in _others_for(x, time, last):
+            other = x.clone()
+            other.select(time, last).copy_(step)
+            predicted, after = _ran(subject, given, other)
+            moving |= _differing(after, due)
+            noticed = noticed or not same(predicted, prediction)
+    return frozenset(moved - moving) if noticed else frozenset()
+
+
+def _others_like(x: Tensor, time: int) -> Iterator[Tensor]:
+    """Yield a chunk's inputs, and some others: a maximum over time may be taken anywhere."""
+    yield x
+    generator = _fixed()
+    for by in range(1, OTHERS):
+        if x.is_floating_point():
+            yield torch.randn(x.shape, generator=generator).to(x)
+        else:
+            yield x.roll(by, time).flip(1 - time)
+
+
+def _ran(subject: Subject, given: Given, x: Tensor) -> tuple[Tensor, Tensors]:
+    """Run a chunk's first call on other inputs; return its prediction, and the state's leaves."""
+    first = given.calls[0]
+    _load_values(subject.module, given)
+    prediction, state = _repeat(Forward(subject), replace(first, x=x), value_of(first.state))
+    return prediction, leaves(state)
+
+
+def _differing(found: Tensors, due: Tensors) -> set[str]:
+    return {path for path in found.keys() & due.keys() if not same(found[path], due[path])}
 
 
 @torch.no_grad()
@@ -714,6 +766,8 @@ def _slopes(
         return None, None, "the loss has a kink close by"
     if _hooked(subject, given):
         return None, None, "gradients that no hook of the subject's changes on their way"
+    if _is_straight_through(subject, given):
+        return None, None, "a forward that gives no value another one's gradient, straight through"
     if _kept_in_buffers(subject, given):
         return None, None, "a forward that keeps nothing of its parameters, as spectral norm does"
     if _stopped_in_loss(subject, given, again):
@@ -741,6 +795,12 @@ def _hooked(subject: Subject, given: Given) -> bool:
     finally:
         Tensor.register_hook = original  # type: ignore[method-assign]
     return bool(hung)
+
+
+def _is_straight_through(subject: Subject, given: Given) -> bool:
+    """Tell whether forward has a value take another one's gradient, by detaching."""
+    _load_values(subject.module, given)
+    return takes_anothers_gradient(lambda: _forward(subject, given, value_of(given.calls[0].state)))
 
 
 @torch.no_grad()

@@ -220,6 +220,20 @@ def test_shifted_targets_stay_shifted_in_what_is_cut(whole: Any, parts: Parts) -
     assert torch.equal(rest.targets, IDS[:, 4:])
 
 
+CHANGED: dict[str, Callable[[Tensor], Tensor]] = {
+    "turned": lambda t: t.flip(1),
+    "centred": lambda t: t - t.mean(1, keepdim=True),
+    "copied": torch.clone,
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_parts_that_are_made_of_whole_sequences_are_not_cut(name: str) -> None:
+    batch = Batch.of((X, Y), lambda whole: (CHANGED[name](whole[0]), whole[1]))
+
+    assert (batch.cut(2) is None) == (name != "copied")
+
+
 @pytest.mark.parametrize("steps", [B, B + 1, B - 1])
 @pytest.mark.parametrize("time_first", [False, True])
 def test_a_batch_of_as_many_sequences_as_time_steps_is_cut_along_time(

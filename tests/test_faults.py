@@ -48,7 +48,7 @@ BREAKS = {
     "RunsOnUnderNoGrad": {END},
     "RunsTheCoreOnUnderNoGrad": {SPAN},
     "ForgetsState": {CROSSES, RESUMED},
-    "IgnoresState": {CROSSES, SUMS},
+    "IgnoresState": {CROSSES},
     "ZeroesState": {CROSSES, RESUMED},
     "CarriesAStaleState": {CROSSES, RESUMED},
     "CarriesTheFirstState": {CROSSES, RESUMED},

@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
         "subject": {"batch", "case", "contract", "precision", "state"},
         "forward": {"layout", "process", "standin", "state", "subject"},
         "graph": set(),
+        "surrogate": set(),
         "compiling": set(),
         "standin": {"compiling"},
         "scaling": {"graph", "state"},
@@ -94,6 +95,7 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
             "process",
             "state",
             "subject",
+            "surrogate",
             "trace",
         },
         "laws": {
@@ -103,6 +105,7 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
             "contract",
             "device",
             "forward",
+            "layout",
             "places",
             "precision",
             "process",

@@ -26,6 +26,7 @@ import tbptt_props as tb
 from tbptt_props.process import (
     Hung,
     Watchdog,
+    has_drawn,
     randomness,
     seed_all,
     set_randomness,
@@ -734,6 +735,28 @@ def test_randomness_that_is_put_back_is_drawn_again() -> None:
     set_randomness(before)
 
     assert again == first
+
+
+DRAWS: dict[str, Callable[[], object]] = {
+    "torch": lambda: torch.rand(1),
+    "python": random.random,
+    "numpy": np.random.random,
+    "numpy, one that was kept": np.random.normal,
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_a_draw_from_any_generator_is_seen(draw: Callable[[], object]) -> None:
+    before = randomness()
+    try:
+        seed_all(0)
+        np.random.normal()  # numpy draws two at once, and keeps the second
+        then = randomness()
+        assert not has_drawn(then)
+        draw()
+        assert has_drawn(then)
+    finally:
+        set_randomness(before)
 
 
 # The watchdog -------------------------------------------------------------------------------

@@ -1502,7 +1502,8 @@ def test_sequences_that_may_look_at_each_other_are_not_judged() -> None:
 
 def test_a_forward_that_need_not_be_the_same_in_two_parts_is_not_judged() -> None:
     assert missing(state_sums_up_the_chunk, with_due(LINK, in_two=None)) == (
-        "a deterministic forward with a state of fixed size, and two time steps"
+        "a deterministic forward with a state of fixed size, whatever chunks it is cut into, "
+        "and two time steps"
     )
 
 

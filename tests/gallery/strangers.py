@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import copy
 import io
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 -- as everybody writes it
 from lightning.pytorch import LightningModule
@@ -1190,6 +1192,194 @@ class NoisyStateDropped(NoiseOnTheState):
         return None
 
 
+class MemoryOfTheChunk(Loop):
+    """A memory is written once a chunk, of all its features."""
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        features, _ = self.core(x, state)
+        return self.readout(features), self.summed_up(features).unsqueeze(0)
+
+    def summed_up(self, features: Tensor) -> Tensor:
+        return features.mean(dim=1)
+
+
+class LargestOfTheChunk(MemoryOfTheChunk):
+    """That memory is the largest value of each feature, be it the last time step's or not."""
+
+    def summed_up(self, features: Tensor) -> Tensor:
+        return features.amax(dim=1)
+
+
+class MemoryOfAllButTheLast(MemoryOfTheChunk):
+    """That memory leaves the last time step out."""
+
+    def summed_up(self, features: Tensor) -> Tensor:
+        return features[:, : max(1, features.shape[1] - 1)].mean(dim=1)
+
+
+class PaddedByZeros(Loop):
+    """A causal convolution, which sees zeros before each chunk."""
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.convolution = nn.Conv1d(case.inputs, case.inputs, 3)
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        seen = self.convolution(F.pad(x.transpose(1, 2), (2, 0)))
+        return super().forward(torch.tanh(seen).transpose(1, 2), state)
+
+
+class TicksOnceAChunk(Loop):
+    """A slow cell ticks at the end of a chunk, and counts; the fast one is told its state."""
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.slow = nn.GRUCell(case.hidden, case.hidden)
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        zeros = x.new_zeros(len(x), self.slow.hidden_size)
+        slow, fast, ticks = state or (zeros, None, x.new_zeros(()))
+        features, fast = self.core(x, fast)
+        prediction = self.readout(features + slow.unsqueeze(1))
+        return prediction, (self.slow(fast[0], slow), fast, ticks + 1)
+
+    def cut(self, state: Any) -> Any:
+        return tuple(part.detach() for part in state)
+
+
+class StraightThrough(Loop):
+    """Features are rounded, and have the gradient of those that are not."""
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        features, state = self.core(x, state)
+        return self.readout(self.rounded(features)), state
+
+    def rounded(self, features: Tensor) -> Tensor:
+        return features + (features.round() - features).detach()
+
+
+class StraightThroughTheOtherWay(StraightThrough):
+    def rounded(self, features: Tensor) -> Tensor:
+        return features.round().detach() - features.detach() + features
+
+
+class HardGumbel(StraightThrough):
+    """One feature is chosen, by torch's own straight-through estimator."""
+
+    def rounded(self, features: Tensor) -> Tensor:
+        return F.gumbel_softmax(features, hard=True)
+
+
+class BracketTooWide(StraightThrough):
+    """What the difference is added to is detached as well."""
+
+    def rounded(self, features: Tensor) -> Tensor:
+        return (features + (features.tanh() - features)).detach()
+
+
+class SkipsALayer(Loop):
+    """A second layer is skipped by chance, as Python's own generator has it."""
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.second = nn.GRU(case.hidden, case.hidden, batch_first=True)
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        lower, upper = state or (None, x.new_zeros(1, len(x), self.second.hidden_size))
+        features, lower = self.core(x, lower)
+        if self.chance() < 0.5:
+            deeper, upper = self.second(features, upper)
+            features = features + deeper
+        return self.readout(features), (lower, upper)
+
+    def chance(self) -> float:
+        return random.random()
+
+    def cut(self, state: Any) -> Any:
+        return tuple(part.detach() for part in state)
+
+
+class SkipsALayerByNumpy(SkipsALayer):
+    def chance(self) -> float:
+        return float(np.random.random())
+
+
+class SkipsAndDropsTheState(SkipsALayer):
+    """The state of the layer that may be skipped is dropped."""
+
+    def cut(self, state: Any) -> Any:
+        return state[0].detach(), torch.zeros_like(state[1])
+
+
+class ChangeCosts(Loop):
+    """How far the state goes from where it came in is a part of the loss."""
+
+    def train_on(self, x: Tensor, y: Tensor, state: Any) -> Any:
+        opt: Any = self.optimizers()
+        prediction, after = self(x, state)
+        loss = F.mse_loss(prediction, y)
+        if state is not None:
+            loss = loss + (after - state).pow(2).mean()
+        opt.zero_grad()
+        self.manual_backward(loss)
+        opt.step()
+        return self.cut(after)
+
+
+class ChangeCostsAttached(ChangeCosts):
+    """The state is handed on with its graph."""
+
+    def cut(self, state: Any) -> Any:
+        return state
+
+
+class Distilled(Loop):
+    """A teacher, whose state the loop keeps, has a say in the loss."""
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.teacher = nn.GRU(case.inputs, case.outputs, batch_first=True).requires_grad_(False)
+        self.taught: Any = None
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.taught = None
+        super().training_step(batch, batch_idx)
+
+    def train_on(self, x: Tensor, y: Tensor, state: Any) -> Any:
+        shown, self.taught = self.teacher(x, self.taught)
+        return super().train_on(x, y + shown, state)
+
+
+class MixedLosses(Loop):
+    """How two losses are mixed is drawn once a batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.share = float(torch.rand(()))
+        super().training_step(batch, batch_idx)
+
+    def loss(self, prediction: Any, target: Tensor) -> Tensor:
+        plain, turned = F.mse_loss(prediction, target), F.mse_loss(prediction, target.flip(0))
+        return self.share * plain + (1 - self.share) * turned
+
+
+class Backwards(Loop):
+    """Sequences are run over from their ends."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        super().training_step(tuple(part.flip(1) for part in batch), batch_idx)
+
+
+class BackwardsAnew(Backwards):
+    """Each chunk starts afresh."""
+
+    def cut(self, state: Any) -> Any:
+        return None
+
+
+def turned(batch: Any) -> tuple[Tensor, Tensor]:
+    return batch[0].flip(1), batch[1].flip(1)
+
+
 def shifted(ids: Tensor) -> tuple[Tensor, Tensor]:
     return ids[:, :-1], ids[:, 1:]
 
@@ -1225,6 +1415,31 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
             "one_chunk_is_one_ordinary_update",
             "state_sums_up_the_chunk",
         },
+    ),
+    "memory_of_the_chunk": (told(MemoryOfTheChunk), {"state_sums_up_the_chunk"}),
+    "largest_of_the_chunk": (told(LargestOfTheChunk), {"state_sums_up_the_chunk"}),
+    "padded_by_zeros": (told(PaddedByZeros), {"state_sums_up_the_chunk"}),
+    "ticks_once_a_chunk": (told(TicksOnceAChunk), {"state_sums_up_the_chunk"}),
+    "straight_through": (told(StraightThrough), {"gradients_span_the_whole_chunk"}),
+    "straight_through_the_other_way": (
+        told(StraightThroughTheOtherWay),
+        {"gradients_span_the_whole_chunk"},
+    ),
+    "hard_gumbel": (told(HardGumbel), {"state_sums_up_the_chunk"}),
+    "skips_a_layer": (told(SkipsALayer), {"state_sums_up_the_chunk"}),
+    "skips_a_layer_by_numpy": (told(SkipsALayerByNumpy), {"state_sums_up_the_chunk"}),
+    "change_costs": (
+        told(ChangeCosts, loss=None),
+        {*OF_A_LOSS, "a_run_can_be_resumed_at_any_boundary"},
+    ),
+    "distilled": (
+        told(Distilled, loss=None),
+        {*OF_A_LOSS, "a_run_can_be_resumed_at_any_boundary"},
+    ),
+    "mixed_losses": (told(MixedLosses, loss=None), OF_A_LOSS),
+    "backwards": (
+        told(Backwards, parts=turned),
+        {"a_run_can_be_resumed_at_any_boundary"},
     ),
     "flat_predictions": (told(FlatPredictions), {"state_sums_up_the_chunk"}),
     "squeezed_predictions": (
@@ -1380,6 +1595,11 @@ WRONG: dict[str, tuple[Build, str]] = {
     ),
     "holder_drops_it": (told(HolderDropsIt), "state_crosses_every_boundary"),
     "holder_keeps_its_graph": (told(HolderKeepsItsGraph), "graph_crosses_no_boundary"),
+    "memory_of_all_but_the_last": (told(MemoryOfAllButTheLast), "state_sums_up_the_chunk"),
+    "bracket_too_wide": (told(BracketTooWide), "gradients_span_the_whole_chunk"),
+    "skips_and_drops_the_state": (told(SkipsAndDropsTheState), "state_crosses_every_boundary"),
+    "change_costs_attached": (told(ChangeCostsAttached, loss=None), "graph_crosses_no_boundary"),
+    "backwards_anew": (told(BackwardsAnew, parts=turned), "state_crosses_every_boundary"),
     "noisy_state_dropped": (told(NoisyStateDropped), "state_crosses_every_boundary"),
     "targets_stay": (told(TargetsStay), "loss_is_the_chunks_own"),
     "features_attached": (told(FeaturesAttached, loss=regularised), "graph_crosses_no_boundary"),
