@@ -28,7 +28,7 @@ from tbptt_props.subject import (
     require,
 )
 from tbptt_props.trace import Chunk, Halt, Rerun, Span, Trace
-from tbptt_props.train import train, validates
+from tbptt_props.train import configured, train, validates
 from tbptt_props.watch import Watch
 
 _Result = TypeVar("_Result")
@@ -159,6 +159,7 @@ def made_ready(fresh: Fresh) -> Subject:
     """Make the subject anew, in the dtype of the run, with a loss that answers for itself."""
     subject = fresh()
     _refuse_graphs(subject)
+    configured(subject.module)
     subject.module.to(device=subject.device, dtype=torch.get_default_dtype())
     loss = subject.loss
     return subject if loss is None else replace(subject, loss=held_to_be_one(loss))

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from weakref import WeakSet
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -59,6 +61,35 @@ def validates(module: object) -> bool:
     """Tell whether a module says how it is validated by Lightning."""
     own = getattr(type(module), "validation_step", None)
     return isinstance(module, pl.LightningModule) and own is not pl.LightningModule.validation_step
+
+
+_CONFIGURED: WeakSet[nn.Module] = WeakSet()  # those on which configure_model has been called
+
+
+def configured(module: nn.Module) -> None:
+    """Have a LightningModule build what its `configure_model` builds, the same each time.
+
+    Lightning does so as training begins. Where it takes a Trainer or what `setup` makes, it is left
+    to Lightning.
+    """
+    if not isinstance(module, pl.LightningModule) or module in _CONFIGURED:
+        return
+    if not is_overridden("configure_model", module):
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch.initial_seed())
+        try:
+            module.configure_model()
+        except Exception:  # whatever a stranger's hook raises out of its place
+            return
+    _CONFIGURED.add(module)
+
+
+def _configured_once(module: pl.LightningModule) -> AbstractContextManager[None]:
+    """Keep Lightning from having built once more what has been built."""
+    if module not in _CONFIGURED:
+        return nullcontext()
+    return standing_in(module, "configure_model", lambda *call: None)
 
 
 def _trained(
@@ -131,7 +162,7 @@ def _with_lightning(
         return original(*args, **kwargs)
 
     try:
-        with standing_in(module, "training_step", training_step):
+        with standing_in(module, "training_step", training_step), _configured_once(module):
             trainer.fit(module, _Loader(batches), _Loader(validation) if validation else None)
     except SIGTERMException:  # somebody ends the process, and it is not the loop
         raise

@@ -437,6 +437,7 @@ class Watch:
 
     def _forward(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         with self._own_code():
+            self._require_own_parameters()
             arguments = self.forward.arguments(args, kwargs)
             before = {} if self.calls_ever else self.forward.candidates()
             self.calls_ever += 1
@@ -475,6 +476,13 @@ class Watch:
                 self.open.append(live)
         return returned
 
+    def _require_own_parameters(self) -> None:
+        if not all(isinstance(p, nn.Parameter) for p in self.module.parameters()):
+            raise self._fail(
+                f"{type(self.module).__name__} is called with parameters that are not its own, as "
+                "torch.func.functional_call does: what updates them can't be seen"
+            )
+
     def _require_a_state(self, arguments: Arguments) -> None:
         """Refuse a part of the batch where the state is looked for: targets, say, or a mask."""
         if self.subject.state or not self._is_of_the_batch(arguments.state):
@@ -501,11 +509,6 @@ class Watch:
 
     def _opened(self, arguments: Arguments) -> _LiveCall:
         """Write down what a call of forward starts from."""
-        if not all(isinstance(p, nn.Parameter) for p in self.module.parameters()):
-            raise self._fail(
-                f"{type(self.module).__name__} is called with parameters that are not its own, as "
-                "torch.func.functional_call does: what updates them can't be seen"
-            )
         places = self._places(arguments.x)
         followed = places is None and self.lineage is not None
         places = self._followed(arguments.x) if places is None else places

@@ -347,7 +347,20 @@ def by_functional_gradients(module: nn.Module, batches: Any, length: int) -> Non
             parameters = {name: p - LR * found[name] for name, p in parameters.items()}
 
 
-@pytest.mark.parametrize("train", [by_functional_call, by_functional_gradients])
+def by_functional_gradients_from_zeros(module: nn.Module, batches: Any, length: int) -> None:
+    def loss(parameters: Any, x: Tensor, y: Tensor, state: Any) -> Any:
+        prediction, _ = functional_call(module, parameters, (x, state))
+        return mse_loss(prediction, y)
+
+    parameters = {name: p.detach() for name, p in module.named_parameters()}
+    for batch in batches:
+        for x, y in chunks(batch, length):
+            grad_and_value(loss)(parameters, x, y, x.new_zeros(1, len(x), 1))
+
+
+@pytest.mark.parametrize(
+    "train", [by_functional_call, by_functional_gradients, by_functional_gradients_from_zeros]
+)
 def test_parameters_that_are_kept_outside_the_module_are_refused(train: Train) -> None:
     with pytest.raises(tb.ObservationError, match="Net is called with parameters that are not its"):
         checked(train)

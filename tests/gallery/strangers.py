@@ -356,6 +356,39 @@ class RatedByItsLoss(Loop):
         schedule.step(self.last)
 
 
+class BuiltLate(Loop):
+    """What it consists of is built by Lightning's hook for that, by chance in part."""
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.core = self.readout = nn.Identity()
+        self.case = case
+
+    def configure_model(self) -> None:
+        self.core = nn.GRU(self.case.inputs, self.case.hidden, batch_first=True)
+        self.readout = nn.Linear(self.case.hidden, self.case.outputs)
+        self.shift = torch.randn(self.case.outputs)
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        prediction, state = super().forward(x, state)
+        return prediction + self.shift, state
+
+
+class BuiltLateAndAttached(BuiltLate):
+    """Its state goes on with its graph."""
+
+    def cut(self, state: Any) -> Any:
+        return state
+
+
+class BuiltByItsTrainer(BuiltLate):
+    """The hook asks the Trainer, which is there when Lightning calls it."""
+
+    def configure_model(self) -> None:
+        assert self.trainer.world_size == 1
+        super().configure_model()
+
+
 class Warmed:
     """An optimizer with the rates of the Annotated Transformer, which knows the Trainer besides."""
 
@@ -1398,6 +1431,16 @@ OF_AN_UPDATE_IN_TWO = {
     "one_chunk_is_one_ordinary_update",
     "the_update_follows_the_optimizers_rule",
 }
+OF_A_MODULE_THAT_IS_BUILT = OF_A_LOSS | {
+    "a_batch_knows_nothing_of_the_one_before",
+    "a_run_can_be_resumed_at_any_boundary",
+    "gradients_are_the_chunks_own",
+    "no_sequence_looks_at_another",
+    "state_sums_up_the_chunk",
+    "the_update_follows_the_optimizers_rule",
+    "training_moves_the_parameters",
+    "updates_go_through_lightnings_optimizer",
+}
 
 # Each with what may be not judged of it on any case, besides what needs random numbers.
 RIGHT: dict[str, tuple[Build, set[str]]] = {
@@ -1466,6 +1509,8 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
         {"one_chunk_is_one_ordinary_update", "the_update_follows_the_optimizers_rule"},
     ),
     "unfreezes": (told(Unfreezes), {"a_batch_knows_nothing_of_the_one_before"}),
+    "built_late": (told(BuiltLate), set()),
+    "built_by_its_trainer": (told(BuiltByItsTrainer), OF_A_MODULE_THAT_IS_BUILT),
     "warms_up": (told(WarmsUp), set()),
     "teacher": (told(Teacher, loss=None), OF_A_LOSS),
     "ends_in_its_average": (
@@ -1582,6 +1627,7 @@ WRONG: dict[str, tuple[Build, str]] = {
         told(ClipsToAnother, contract=tb.Contract(clip_norm=0.1)),
         "gradients_are_the_chunks_own",
     ),
+    "built_late_and_attached": (told(BuiltLateAndAttached), "graph_crosses_no_boundary"),
     "noise_in_a_hook": (
         told(NoiseInAHook, contract=tb.Contract(clip_norm=0.1)),
         "gradients_are_the_chunks_own",
