@@ -97,7 +97,7 @@ def _with_lightning(
     validation: Batches,
     among: dict[str, Any],
 ) -> BaseException | None:
-    teller = _Teller(watch, skip, validates_after=len(batches) - 2 if validation else -1)
+    teller = _Teller(watch, validates_after=len(batches) - 2 if validation else -1)
     trainer = pl.Trainer(
         accelerator=torch.device(subject.device).type,
         max_epochs=1,
@@ -133,7 +133,17 @@ def _with_lightning(
         watch.batch_started(index, handed)
         return original(*args, **kwargs)
 
+    at_the_end = module.on_train_batch_end
+    own_end = "on_train_batch_end" in vars(module)
+
+    @functools.wraps(at_the_end)
+    def on_train_batch_end(*args: Any, **kwargs: Any) -> None:
+        if teller.index >= skip:
+            at_the_end(*args, **kwargs)  # in which an update may be made
+            watch.batch_ended(teller.index)
+
     module.training_step = training_step  # type: ignore[method-assign]
+    module.on_train_batch_end = on_train_batch_end  # type: ignore[method-assign]
     try:
         trainer.fit(module, _Loader(batches), _Loader(validation) if validation else None)
     except SIGTERMException:  # somebody ends the process, and it is not the loop
@@ -151,6 +161,9 @@ def _with_lightning(
         vars(module).pop("training_step", None)
         if own:
             module.training_step = original  # type: ignore[method-assign]
+        vars(module).pop("on_train_batch_end", None)
+        if own_end:
+            module.on_train_batch_end = at_the_end  # type: ignore[method-assign]
     return None
 
 
@@ -197,9 +210,9 @@ class _Ahead:
 class _Teller(pl.Callback):
     """Tells of what goes through Lightning."""
 
-    def __init__(self, watch: Watching, skip: int, *, validates_after: int) -> None:
+    def __init__(self, watch: Watching, *, validates_after: int) -> None:
         self.watch = watch
-        self.skip = skip
+        self.index = -1  # of the batch that was trained on last
         self.validates_after = validates_after  # the index of a batch
         self.validating = False
 
@@ -212,11 +225,9 @@ class _Teller(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *of_batch: Any
     ) -> None:
-        index = of_batch[-1]
+        self.index = of_batch[-1]
         # Not after the last batch: what validation does there is of no more use to training.
-        trainer.limit_val_batches = int(index == self.validates_after)
-        if index >= self.skip:  # by now Lightning, too, has made what updates it makes by itself
-            self.watch.batch_ended(index)
+        trainer.limit_val_batches = int(self.index == self.validates_after)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
