@@ -128,7 +128,7 @@ def _with_lightning(
     validation: Batches,
     among: dict[str, Any],
 ) -> BaseException | None:
-    teller = _Teller(watch, skip, validates_after=len(batches) - 2 if validation else -1)
+    teller = _Teller(watch, validates_after=len(batches) - 2 if validation else -1)
     trainer = pl.Trainer(
         accelerator=torch.device(subject.device).type,
         max_epochs=1,
@@ -161,8 +161,17 @@ def _with_lightning(
         watch.batch_started(index, handed)
         return original(*args, **kwargs)
 
+    def on_train_batch_end(original: Any, args: Any, kwargs: Any) -> None:
+        if teller.index >= skip:
+            original(*args, **kwargs)  # in which an update may be made
+            watch.batch_ended(teller.index)
+
     try:
-        with standing_in(module, "training_step", training_step), _configured_once(module):
+        with (
+            standing_in(module, "training_step", training_step),
+            standing_in(module, "on_train_batch_end", on_train_batch_end),
+            _configured_once(module),
+        ):
             trainer.fit(module, _Loader(batches), _Loader(validation) if validation else None)
     except SIGTERMException:  # somebody ends the process, and it is not the loop
         raise
@@ -221,9 +230,9 @@ class _Ahead:
 class _Teller(pl.Callback):
     """Tells of what goes through Lightning."""
 
-    def __init__(self, watch: Watching, skip: int, *, validates_after: int) -> None:
+    def __init__(self, watch: Watching, *, validates_after: int) -> None:
         self.watch = watch
-        self.skip = skip
+        self.index = -1  # of the batch that was trained on last
         self.validates_after = validates_after  # the index of a batch
         self.validating = False
 
@@ -236,11 +245,9 @@ class _Teller(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *of_batch: Any
     ) -> None:
-        index = of_batch[-1]
+        self.index = of_batch[-1]
         # Not after the last batch: what validation does there is of no more use to training.
-        trainer.limit_val_batches = int(index == self.validates_after)
-        if index >= self.skip:  # by now Lightning, too, has made what updates it makes by itself
-            self.watch.batch_ended(index)
+        trainer.limit_val_batches = int(self.index == self.validates_after)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress

@@ -438,6 +438,31 @@ class InsideFromZeros(Inside):
         return torch.zeros_like(state)
 
 
+# A hook makes the update --------------------------------------------------------------------------
+
+
+class UpdatesInAHook(Loop):
+    """A batch's one update is made when the batch is over, where Lightning counts none."""
+
+    def train_on(self, x: Tensor, y: Tensor, state: Any) -> Any:
+        prediction, state = self(x, state)
+        self.manual_backward(self.loss(prediction, y))
+        return self.cut(state)
+
+    def on_train_batch_end(self, *of_batch: Any) -> None:
+        opt: Any = self.optimizers()
+        opt.step()
+        opt.zero_grad()
+
+
+class ClearsInAHook(UpdatesInAHook):
+    """Only the last chunk's gradients are left for the update."""
+
+    def train_on(self, x: Tensor, y: Tensor, state: Any) -> Any:
+        self.zero_grad()
+        return super().train_on(x, y, state)
+
+
 BY_BATCH: dict[str, Any] = {"contract": tb.Contract(update="batch")}
 
 # What is kept on the module, what is scored -----------------------------------------------------
@@ -639,6 +664,7 @@ SPAN = "gradients_span_the_whole_chunk"
 CUT = "graph_crosses_no_boundary"
 END = "training_reaches_the_end"
 LEARNS = "training_moves_the_parameters"
+COUNTED = "updates_go_through_lightnings_optimizer"
 
 # Each with the property that names it, the cause, and what else it has to break.
 WRONG: dict[str, tuple[Build, str, str, set[str]]] = {
@@ -649,6 +675,18 @@ WRONG: dict[str, tuple[Build, str, str, set[str]]] = {
         set(),
     ),
     "keeps_one_layer": (told(KeepsOneLayer), CROSSES, "state_is_carried_in_part", set()),
+    "updates_in_a_hook": (
+        told(UpdatesInAHook, **BY_BATCH),
+        COUNTED,
+        "update_goes_past_lightning",
+        set(),
+    ),
+    "clears_in_a_hook": (
+        told(ClearsInAHook),
+        ONCE,
+        "one_update_per_batch",
+        {COUNTED},
+    ),
     "one_never_steps": (told(OneNeverSteps), ONCE, "an_optimizer_makes_no_update", set()),
     "backward_for_each": (
         told(BackwardForEach),
