@@ -275,6 +275,67 @@ class StateInAHolder(Loop):
             self.holder.state = self.cut(self.holder.state)
 
 
+class Store:
+    """Has room for the states of several layers, by name."""
+
+    def __init__(self) -> None:
+        self.states: dict[str, Any] = {}
+
+
+class StateInAStore(Loop):
+    """The state is kept in a dictionary of such an object, which is empty at first."""
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.store = Store()
+
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        states = self.store.states
+        prediction, states["core"] = super().forward(x, states.get("core"))
+        return prediction
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        self.store.states.clear()
+        for x, y in zip(*(part.split(self.k, dim=1) for part in batch), strict=True):
+            opt.zero_grad()
+            self.manual_backward(self.loss(self(x), y))
+            opt.step()
+            states = self.store.states
+            states["core"] = self.cut(states["core"])
+
+
+class StoreHandedOver(Loop):
+    """Forward is handed such an object and hands it back."""
+
+    def forward(self, x: Tensor, store: Any = None) -> Any:
+        prediction, store.states["core"] = super().forward(x, store.states.get("core"))
+        return prediction, store
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        store = Store()
+        for x, y in zip(*(part.split(self.k, dim=1) for part in batch), strict=True):
+            store = self.train_on(x, y, store)
+
+    def cut(self, state: Any) -> Any:
+        state.states["core"] = state.states["core"].detach()
+        return state
+
+
+class StoreIsEmptied(StoreHandedOver):
+    """The object is emptied with each chunk."""
+
+    def cut(self, state: Any) -> Any:
+        return Store()
+
+
+class StoreKeepsItsGraph(StateInAStore):
+    """The state in the dictionary keeps its graph."""
+
+    def cut(self, state: Any) -> Any:
+        return state
+
+
 class HolderDropsIt(StateInAHolder):
     """The object forgets the state with each chunk."""
 
@@ -808,6 +869,8 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
     "own_schedule": (told(OwnSchedule), set()),
     "scheduled_by_fraction": (told(ScheduledByFraction), set()),
     "state_in_a_holder": (told(StateInAHolder), set()),
+    "state_in_a_store": (told(StateInAStore), set()),
+    "store_handed_over": (told(StoreHandedOver), set()),
     "adversarial": (
         told(Adversarial, loss=None),
         OF_A_LOSS,
@@ -876,4 +939,6 @@ WRONG: dict[str, tuple[Build, str]] = {
     "features_halved": (told(FeaturesHalved, loss=regularised), "gradients_are_the_chunks_own"),
     "frozen_for_the_move": (told(FrozenForTheMove), "nothing_but_the_update_moves_parameters"),
     "frozen_afterwards": (told(FrozenAfterwards), "nothing_but_the_update_moves_parameters"),
+    "store_is_emptied": (told(StoreIsEmptied), "state_crosses_every_boundary"),
+    "store_keeps_its_graph": (told(StoreKeepsItsGraph), "graph_crosses_no_boundary"),
 }
