@@ -6,7 +6,6 @@ Shapes: B sequences, K time steps in a chunk, I inputs, O outputs.
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,10 +19,8 @@ from torch import Tensor, nn
 from tbptt_props.layout import Heads, heads_of, joined
 from tbptt_props.process import randomness, set_randomness
 from tbptt_props.standin import Original, standing_in
-from tbptt_props.state import leaves, map_tensors, value_of
+from tbptt_props.state import LIBRARIES, fresh, leaves, map_tensors, value_of
 from tbptt_props.subject import Subject, resolve
-
-LIBRARIES = ("torch", "lightning", "pytorch_lightning", "numpy")  # whose objects hold no state
 
 
 @dataclass(frozen=True)
@@ -270,7 +267,7 @@ def _holder(module: nn.Module, name: str) -> tuple[Any, str]:
 
 def _own(value: Any) -> Any:
     """Copy an object that holds no tensor yet: the module may put some into it later."""
-    return value if leaves(value) else copy.copy(value)
+    return value if leaves(value) else fresh(value)
 
 
 def _no_leaf(tensor: Tensor) -> Tensor:

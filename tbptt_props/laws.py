@@ -350,6 +350,7 @@ def _unknown_memory(watch: Watch) -> str:
 _OWN_INPUTS = "inputs of forward that are the batch's own"
 _IN_ORDER = "sequences in the same order in the second run, which sorts or shuffles them"
 _OWN_LOSS = "a loss of predictions and targets: it goes by something that the loop keeps itself"
+_CONTEXT = "arguments of forward that the loop makes of no more than the chunk's own inputs"
 _OWN_UPDATES = "a contract by which a batch has its updates for itself"
 _NO_BOUNDARY = {
     False: "a case of at least two chunks",
@@ -454,9 +455,11 @@ def _gone_on(
         return Rerun(where, problem=f"the fresh run raised {type(error).__name__}: {error}")
     if left.start and _is_reordered(going_on.x, left.x):
         return Rerun(where, missing=_IN_ORDER)  # the state that it went on from is in another
+    made_anew = left.start and not _same_context(going_on.others, left.others)
     second = ending(subject.module, going_on.training, going_on.state, going_on.rates)
     bitwise = going_on.layout == left.layout and repeats_itself(subject.device)
-    return Rerun(where, first, second, bitwise=bitwise)
+    rerun = Rerun(where, first, second, bitwise=bitwise)
+    return Rerun(where, missing=_CONTEXT) if made_anew and not _alike(rerun) else rerun
 
 
 def _is_reordered(found: Any, due: Any) -> bool:
@@ -467,6 +470,14 @@ def _is_reordered(found: Any, due: Any) -> bool:
         return False
     return any(
         sorted(_rows(found, dim)) == sorted(_rows(due, dim)) for dim in range(min(2, due.dim()))
+    )
+
+
+def _same_context(found: Any, due: Any) -> bool:
+    """Tell whether further arguments have the numbers that are due; flags may be otherwise."""
+    ones, others = leaves(found), leaves(due)
+    return ones.keys() != others.keys() or all(
+        same(ones[path], leaf) for path, leaf in others.items() if leaf.is_floating_point()
     )
 
 
@@ -508,6 +519,7 @@ class _GoingOn:
         self.entered: dict[str, Tensor] | None = None
         self.layout: Any = None
         self.x: Any = None
+        self.others: Any = None
         self.state: Any = None
         self.rates: list[float] = []
         self.missing = ""
@@ -607,7 +619,8 @@ class _GoingOn:
             return False
         handed = leaves((arguments.x, arguments.state))
         if self.entered is None:
-            self.layout, self.x = _layout(arguments.x), value_of(arguments.x)
+            self.layout = _layout(arguments.x)
+            self.x, self.others = value_of((arguments.x, arguments.others))
             if self.left.thorough:
                 self._set_buffers()
                 self._set_attributes()
@@ -790,7 +803,7 @@ def _ordinary(
 ) -> Ending:
     assert chunk.given is not None
     # Not judged: parameters that no optimizer owns or that are frozen, and those that a learned
-    # initial state comes from, for their gradient takes a way that is the loop's own.
+    # initial state or a context comes from, for their gradient takes a way that is the loop's own.
     owned = {name for rule in rules for group in rule.groups for name in group["params"]}
     judged = (owned & chunk.given.trainable) - chunk.given.feeding
     copies = {n: nn.Parameter(p.clone()) for n, p in chunk.given.parameters.items()}

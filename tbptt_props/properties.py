@@ -304,7 +304,7 @@ def gradients_are_the_chunks_own(link: Link) -> Iterator[Finding]:
         if updated and name not in updated:
             continue  # no optimizer reads it
         if name in feeding and not outcome.leaks:
-            continue  # a learned initial state: its gradient comes by a way that is the loop's own
+            continue  # a learned initial state, a context: its gradient comes by the loop's own way
         yield from _gradient_differences(
             f"{link.chunk}, gradient of ", name, outcome, due.gradients
         )

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+LIBRARIES = ("torch", "lightning", "pytorch_lightning", "numpy")  # whose objects hold no state
 
 
 def leaves(tree: Any, path: str = "state") -> dict[str, Tensor]:
@@ -33,7 +37,9 @@ def _mapped(change: Callable[[Tensor], Tensor], tree: Any, above: Mapping[int, A
     if id(tree) in above:  # inside itself
         return above[id(tree)]
     if not isinstance(tree, (Mapping, tuple, list, deque, set)):
-        return _rebuilt(change, tree, above) if leaves(tree) else tree
+        if leaves(tree):
+            return _rebuilt(change, tree, above)
+        return fresh(tree) if _has_room(tree) else tree
     change_in = functools.partial(_mapped, change, above={**above, id(tree): tree})
     if type(tree) is dict:
         return {key: change_in(item) for key, item in tree.items()}
@@ -57,6 +63,46 @@ def _rebuilt(change: Callable[[Tensor], Tensor], tree: Any, above: Mapping[int, 
 def value_of(tree: Any) -> Any:
     """Return a copy of `tree` that shares no memory and no graph with it."""
     return map_tensors(_value_of_tensor, tree)
+
+
+def fresh(tree: Any) -> Any:
+    """Copy what holds no tensor yet, with all containers in it: some may be put into it later.
+
+    Only containers and objects of a class of one's own are copied; all others, a module say, are
+    still the same.
+    """
+    waiting, seen, same = [tree], set[int](), dict[int, Any]()
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, Mapping):
+            same |= {id(key): key for key in item}
+            waiting += item.values()
+        elif isinstance(item, (list, tuple, set, deque)):
+            waiting += item
+        elif _is_of_ones_own(item):
+            waiting += [value for _, value in _attributes(item)]
+        else:
+            same[id(item)] = item
+    try:
+        return copy.deepcopy(tree, same)
+    except Exception:  # whatever a stranger's class raises when it is to be copied
+        return tree
+
+
+def _has_room(tree: Any) -> bool:
+    """Tell whether an object has containers, into which it may put tensors."""
+    kinds = (Mapping, list, set, deque)
+    return _is_of_ones_own(tree) and any(isinstance(item, kinds) for _, item in _attributes(tree))
+
+
+def _is_of_ones_own(item: Any) -> bool:
+    """Tell whether an object is of a class that neither Python nor a library of ours made."""
+    kinds = {kind.__module__.partition(".")[0] for kind in type(item).__mro__}
+    made = type(item).__module__.partition(".")[0] not in sys.stdlib_module_names
+    return isinstance(item, SimpleNamespace) or (made and kinds.isdisjoint(LIBRARIES))
 
 
 def _value_of_tensor(tensor: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ class Given:
     attributes: Mapping[str, Mapping[str, Any]]  # plain attributes, by submodule
     randomness: Any  # the random-number generators' state
     target: Any  # what the loss is due to compare with, a tensor or several; None: not known
-    feeding: frozenset[str] = frozenset()  # parameters that the incoming state is made from
+    feeding: frozenset[str] = frozenset()  # parameters that arguments but the inputs are made from
     initial: Any = None  # the state in which the whole run began
     context: int = 0  # time steps run over before the chunk's own, without a loss
     autocast: torch.dtype | None = None  # to which products were rounded, if they were

@@ -135,7 +135,7 @@ class _LiveCall:
     closed: int = 0
     canaries: list[weakref.ref[_Canary]] = field(default_factory=list)
     cotangent: Tensor | None = None
-    feeding: frozenset[str] = frozenset()  # parameters from which the incoming state is made
+    feeding: frozenset[str] = frozenset()  # parameters from which a state or context is made
     embedding: frozenset[str] = frozenset()  # and those from which the inputs are
     drew: bool = False  # random numbers
     hands_on_a_graph: bool = False  # the state it returned has one
@@ -532,17 +532,16 @@ class Watch:
             snapshot=self._snapshot(),
             places=places,
             attached=oldest,
-            feeding=self._feeding([leaf for leaf in leaves(state).values() if leaf.requires_grad]),
-            embedding=self._feeding(
-                [leaf for leaf in leaves(arguments.x).values() if leaf.requires_grad]
-            ),
+            feeding=self._feeding((state, arguments.others)),
+            embedding=self._feeding(arguments.x),
             step=self.steps[-1][0] if self.steps else None,
             line=users_line(),
             followed=followed,
         )
 
-    def _feeding(self, attached: list[Tensor]) -> frozenset[str]:
+    def _feeding(self, arguments: Any) -> frozenset[str]:
         """Name the parameters that attached arguments are made from: a learned initial state."""
+        attached = [leaf for leaf in leaves(arguments).values() if leaf.requires_grad]
         found = {id(leaf) for leaf in attached if leaf.is_leaf}
         for node in nodes_behind([leaf for leaf in attached if leaf.grad_fn is not None]):
             variable = getattr(node, "variable", None)

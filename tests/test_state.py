@@ -1,3 +1,4 @@
+import threading
 from collections import OrderedDict, UserDict, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -307,3 +308,35 @@ def test_a_value_need_not_have_the_same_layout() -> None:
     part = torch.arange(24.0).reshape(3, 4, 2)[:, 1:3]
 
     assert value_of(part).stride() != part.stride()
+
+
+class Empty:
+    """Has room for states, and knows whom they are of."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.states: dict[str, Any] = {}
+        self.layers: list[Any] = [[], self]
+        self.module = module
+        self.lock = threading.Lock()
+
+
+def test_room_for_a_state_is_not_shared_with_its_copy() -> None:
+    one = Empty(nn.Linear(1, 1))
+
+    other = value_of(one)
+    one.states["h"] = torch.zeros(1)
+    one.layers[0].append(torch.zeros(1))
+
+    assert (other.states, other.layers[0]) == ({}, [])
+    assert other.layers[1] is other
+    assert (other.module, other.lock) == (one.module, one.lock)
+
+
+def test_what_can_not_be_copied_stays_as_it_is() -> None:
+    class Single(Empty):
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise TypeError("there is only one")
+
+    one = Single(nn.Linear(1, 1))
+
+    assert value_of(one) is one

@@ -457,6 +457,67 @@ class StateInAHolder(Loop):
             self.holder.state = self.cut(self.holder.state)
 
 
+class Store:
+    """Has room for the states of several layers, by name."""
+
+    def __init__(self) -> None:
+        self.states: dict[str, Any] = {}
+
+
+class StateInAStore(Loop):
+    """The state is kept in a dictionary of such an object, which is empty at first."""
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.store = Store()
+
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        states = self.store.states
+        prediction, states["core"] = super().forward(x, states.get("core"))
+        return prediction
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        self.store.states.clear()
+        for x, y in zip(*(part.split(self.k, dim=1) for part in batch), strict=True):
+            opt.zero_grad()
+            self.manual_backward(self.loss(self(x), y))
+            opt.step()
+            states = self.store.states
+            states["core"] = self.cut(states["core"])
+
+
+class StoreHandedOver(Loop):
+    """Forward is handed such an object and hands it back."""
+
+    def forward(self, x: Tensor, store: Any = None) -> Any:
+        prediction, store.states["core"] = super().forward(x, store.states.get("core"))
+        return prediction, store
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        store = Store()
+        for x, y in zip(*(part.split(self.k, dim=1) for part in batch), strict=True):
+            store = self.train_on(x, y, store)
+
+    def cut(self, state: Any) -> Any:
+        state.states["core"] = state.states["core"].detach()
+        return state
+
+
+class StoreIsEmptied(StoreHandedOver):
+    """The object is emptied with each chunk."""
+
+    def cut(self, state: Any) -> Any:
+        return Store()
+
+
+class StoreKeepsItsGraph(StateInAStore):
+    """The state in the dictionary keeps its graph."""
+
+    def cut(self, state: Any) -> Any:
+        return state
+
+
 class HolderDropsIt(StateInAHolder):
     """The object forgets the state with each chunk."""
 
@@ -1088,7 +1149,69 @@ class FrozenAverage(Loop):
             mean.lerp_(parameter, 0.1)
 
 
+class Style(Loop):
+    """Forward is handed what the loop makes of a parameter, anew for each chunk."""
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.style = nn.Parameter(torch.zeros(case.hidden))
+
+    def forward(self, x: Tensor, state: Any = None, style: Any = None) -> Any:
+        features, state = self.core(x, state)
+        return self.readout(features + style), state
+
+    def train_on(self, x: Tensor, y: Tensor, state: Any) -> Any:
+        opt: Any = self.optimizers()
+        prediction, state = self(x, state, torch.tanh(self.style))
+        opt.zero_grad()
+        self.manual_backward(self.loss(prediction, y))
+        self.before_the_update(opt)
+        opt.step()
+        return self.cut(state)
+
+
+class ContextOfTheWhole(Loop):
+    """Forward is handed a context that is made of the whole batch, without its graph."""
+
+    def forward(self, x: Tensor, state: Any = None, context: Any = None) -> Any:
+        features, state = self.core(x, state)
+        return self.readout(features) + context, state
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        opt: Any = self.optimizers()
+        context, state = batch[0].mean((1, 2), keepdim=True), None
+        for x, y in zip(*(part.split(self.k, dim=1) for part in batch), strict=True):
+            prediction, state = self(x, state, context)
+            opt.zero_grad()
+            self.manual_backward(self.loss(prediction, y))
+            opt.step()
+            state = self.cut(state)
+
+
 # What is wrong: one mistake each.
+
+
+class StyleAttached(Style):
+    """The state keeps its graph."""
+
+    def cut(self, state: Any) -> Any:
+        return state
+
+
+class StyleHalved(Style):
+    """The gradients of the readout are halved."""
+
+    def before_the_update(self, opt: Any) -> None:
+        for parameter in self.readout.parameters():
+            assert parameter.grad is not None
+            parameter.grad *= 0.5
+
+
+class StateDroppedBesidesAContext(ContextOfTheWhole):
+    """The state is not handed on."""
+
+    def cut(self, state: Any) -> Any:
+        return None
 
 
 class FrozenForTheMove(Loop):
@@ -1518,6 +1641,8 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
         {"a_batch_knows_nothing_of_the_one_before", "a_run_can_be_resumed_at_any_boundary"},
     ),
     "state_in_a_holder": (told(StateInAHolder), set()),
+    "state_in_a_store": (told(StateInAStore), set()),
+    "store_handed_over": (told(StoreHandedOver), set()),
     "adversarial": (
         told(Adversarial, loss=None),
         OF_A_LOSS,
@@ -1589,6 +1714,8 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
         {"state_sums_up_the_chunk"},
     ),
     "head_for_the_log": (told(HeadForTheLog, loss=of_the_first), set()),
+    "style": (told(Style), {"state_sums_up_the_chunk"}),
+    "context_of_the_whole": (told(ContextOfTheWhole), {"state_sums_up_the_chunk"}),
     "frozen_average": (told(FrozenAverage), set()),
     "predicts_its_features": (
         told(PredictsItsFeatures, loss=self_supervised),
@@ -1653,4 +1780,12 @@ WRONG: dict[str, tuple[Build, str]] = {
     "features_halved": (told(FeaturesHalved, loss=regularised), "gradients_are_the_chunks_own"),
     "frozen_for_the_move": (told(FrozenForTheMove), "nothing_but_the_update_moves_parameters"),
     "frozen_afterwards": (told(FrozenAfterwards), "nothing_but_the_update_moves_parameters"),
+    "store_is_emptied": (told(StoreIsEmptied), "state_crosses_every_boundary"),
+    "store_keeps_its_graph": (told(StoreKeepsItsGraph), "graph_crosses_no_boundary"),
+    "style_attached": (told(StyleAttached), "graph_crosses_no_boundary"),
+    "style_halved": (told(StyleHalved), "gradients_are_the_chunks_own"),
+    "state_dropped_besides_a_context": (
+        told(StateDroppedBesidesAContext),
+        "state_crosses_every_boundary",
+    ),
 }
