@@ -768,6 +768,8 @@ def _slopes(
         return None, None, "gradients that no hook of the subject's changes on their way"
     if _is_straight_through(subject, given):
         return None, None, "a forward that gives no value another one's gradient, straight through"
+    if _feeds_back(subject, given):
+        return None, None, "a forward that detaches nothing, be it its own predictions to feed back"
     if _kept_in_buffers(subject, given):
         return None, None, "a forward that keeps nothing of its parameters, as spectral norm does"
     if _stopped_in_loss(subject, given, again):
@@ -795,6 +797,31 @@ def _hooked(subject: Subject, given: Given) -> bool:
     finally:
         Tensor.register_hook = original  # type: ignore[method-assign]
     return bool(hung)
+
+
+def _feeds_back(subject: Subject, given: Given) -> bool:
+    """Tell whether all that forward detaches is what it predicts: its own next inputs."""
+    cut: list[Tensor] = []
+    original = Tensor.detach
+
+    def detach(tensor: Tensor) -> Tensor:
+        if tensor.requires_grad:
+            cut.append(tensor)
+        return original(tensor)
+
+    Tensor.detach = detach  # type: ignore[assignment]
+    try:
+        _load_values(subject.module, given)
+        predictions, _ = _forward(subject, given, value_of(given.calls[0].state))
+    finally:
+        Tensor.detach = original
+    own = [p for p in predictions if p.requires_grad]
+    own += [step for p in own for dim in range(min(2, p.dim())) for step in p.unbind(dim)]
+    return bool(cut) and all(any(_same_numbers(one, step) for step in own) for one in cut)
+
+
+def _same_numbers(one: Tensor, other: Tensor) -> bool:
+    return one.numel() == other.numel() and same(one.reshape(other.shape), other)
 
 
 def _is_straight_through(subject: Subject, given: Given) -> bool:

@@ -1536,6 +1536,37 @@ def turned(batch: Any) -> tuple[Tensor, Tensor]:
     return batch[0].flip(1), batch[1].flip(1)
 
 
+class FeedsItselfDetached(Loop):
+    """What is predicted is a part of the next input, as a constant."""
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.core = nn.GRUCell(case.inputs + case.outputs, case.hidden)
+        self.sizes = case.hidden, case.outputs
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        h, last = state or (x.new_zeros(len(x), size) for size in self.sizes)
+        predictions = []
+        for now in x.unbind(1):
+            h = self.core(torch.cat([now, last], dim=1), self.kept(h))
+            predictions.append(self.readout(h))
+            last = predictions[-1].detach()
+        return torch.stack(predictions, dim=1), (h, last)
+
+    def kept(self, h: Tensor) -> Tensor:
+        return h
+
+    def cut(self, state: Any) -> Any:
+        return tuple(part.detach() for part in state)
+
+
+class FeedsItselfAndDetachesAll(FeedsItselfDetached):
+    """The state is detached at every time step as well."""
+
+    def kept(self, h: Tensor) -> Tensor:
+        return h.detach()
+
+
 def shifted(ids: Tensor) -> tuple[Tensor, Tensor]:
     return ids[:, :-1], ids[:, 1:]
 
@@ -1607,6 +1638,7 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
         told(Backwards, parts=turned),
         {"a_run_can_be_resumed_at_any_boundary"},
     ),
+    "feeds_itself_detached": (told(FeedsItselfDetached), set()),
     "flat_predictions": (told(FlatPredictions), {"state_sums_up_the_chunk"}),
     "squeezed_predictions": (
         lambda case: tb.Subject(
@@ -1773,6 +1805,10 @@ WRONG: dict[str, tuple[Build, str]] = {
     "skips_and_drops_the_state": (told(SkipsAndDropsTheState), "state_crosses_every_boundary"),
     "change_costs_attached": (told(ChangeCostsAttached, loss=None), "graph_crosses_no_boundary"),
     "backwards_anew": (told(BackwardsAnew, parts=turned), "state_crosses_every_boundary"),
+    "feeds_itself_and_detaches_all": (
+        told(FeedsItselfAndDetachesAll),
+        "gradients_span_the_whole_chunk",
+    ),
     "noisy_state_dropped": (told(NoisyStateDropped), "state_crosses_every_boundary"),
     "targets_stay": (told(TargetsStay), "loss_is_the_chunks_own"),
     "features_attached": (told(FeaturesAttached, loss=regularised), "graph_crosses_no_boundary"),
