@@ -228,15 +228,25 @@ def _run(forward: Forward, original: Any, arguments: Arguments) -> tuple[Any, An
 # In the forward itself ------------------------------------------------------------------------
 
 
-def _inner(change: Callable[[Any], Any]) -> Change:
-    """Change what forward returns, in whatever it is called by."""
+def _inner(change: Callable[[Any, Callable[[], Any]], Any]) -> Change:
+    """Change what forward returns, in whatever it is called by.
+
+    `change` gets that, and a call of forward on the same without the last inputs.
+    """
 
     def changed(subject: Subject) -> Subject:
         forward = Forward(subject)
         original = getattr(forward.owner, forward.attribute)
 
         def called(*args: Any, **kwargs: Any) -> Any:
-            return change(original(*args, **kwargs))
+            arguments = forward.arguments(args, kwargs)
+            blank = replace(arguments, x=map_tensors(_without_the_last, arguments.x))
+
+            def short() -> Any:
+                args, kwargs = forward.handed_over(blank)
+                return original(*args, **kwargs)
+
+            return change(original(*args, **kwargs), short)
 
         called.__wrapped__ = original  # type: ignore[attr-defined]
         object.__setattr__(forward.owner, forward.attribute, called)
@@ -245,27 +255,39 @@ def _inner(change: Callable[[Any], Any]) -> Change:
     return changed
 
 
-def _half_detached(returned: Any) -> Any:
+def _without_the_last(x: Tensor) -> Tensor:
+    """Return inputs with the last time step empty, whichever of two dimensions time is."""
+    emptied = x.clone()
+    for dim in range(min(2, x.dim())):
+        if x.shape[dim] > 1:
+            emptied.select(dim, -1).zero_()
+    return emptied
+
+
+def _half_detached(returned: Any, short: Callable[[], Any]) -> Any:
     """Return the same values with half of their gradient."""
     if isinstance(returned, Tensor):
-        return 0.5 * returned + 0.5 * returned.detach()
-    return (_half_detached(returned[0]), *returned[1:]) if isinstance(returned, tuple) else returned
-
-
-def _state_off(returned: Any) -> Any:
-    """Return another state than the one that the time steps end in."""
-    if isinstance(returned, tuple) and len(returned) > 1:
-        rest = map_tensors(lambda t: 1.5 * t if t.is_floating_point() else t, returned[1:])
-        return (returned[0], *rest)
+        half = 0.5 * returned
+        return half + half.detach()
+    if isinstance(returned, tuple):
+        return (_half_detached(returned[0], short), *returned[1:])
     return returned
 
 
-def _sequences_mixed(returned: Any) -> Any:
+def _state_off(returned: Any, short: Callable[[], Any]) -> Any:
+    """Return a state that knows nothing of the last time step."""
+    if isinstance(returned, tuple) and len(returned) > 1:
+        return (returned[0], *short()[1:])
+    return returned
+
+
+def _sequences_mixed(returned: Any, short: Callable[[], Any]) -> Any:
     """Add to each prediction those before it: along the batch, whichever dimension that is."""
     if isinstance(returned, Tensor) and returned.dim() > 1 and returned.is_floating_point():
         return returned + 0.1 * (returned.cumsum(0) + returned.cumsum(1))
-    several = isinstance(returned, tuple) and bool(returned)
-    return (_sequences_mixed(returned[0]), *returned[1:]) if several else returned
+    if isinstance(returned, tuple) and returned:
+        return (_sequences_mixed(returned[0], short), *returned[1:])
+    return returned
 
 
 # Backward and update --------------------------------------------------------------------------

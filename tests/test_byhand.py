@@ -314,7 +314,7 @@ def test_an_update_after_one_in_the_midst_of_backward_is_named() -> None:
 
     found = judged(train)
 
-    assert found["nothing_but_the_update_moves_parameters"].startswith("time steps 0-1")
+    assert found["nothing_but_the_update_moves_parameters"].startswith("time steps 2-3")
     case = CASES[0]
     violations = tb.check(subject(case, train), case)[
         "nothing_but_the_update_moves_parameters"

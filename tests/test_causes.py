@@ -228,7 +228,11 @@ class HookedGradients(TruncatedRNN):
     """Has a hook turn a gradient round on its way: no mistake that is known."""
 
     def on_train_start(self) -> None:
-        next(self.parameters()).register_hook(torch.neg)  # type: ignore[no-untyped-call]
+        def turn_round(parameter: torch.Tensor) -> None:
+            assert parameter.grad is not None
+            parameter.grad.neg_()
+
+        next(self.parameters()).register_post_accumulate_grad_hook(turn_round)  # type: ignore[no-untyped-call]
 
 
 def test_where_no_known_cause_fits_the_report_says_so() -> None:
