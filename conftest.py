@@ -1,5 +1,7 @@
 """Hypothesis profiles, one torch thread, and the plugin where it is not installed."""
 
+import gc
+
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -14,3 +16,9 @@ settings.register_profile(
 )
 settings.register_profile("thorough", settings.get_profile("default"), max_examples=1000)
 settings.load_profile("default")
+
+
+def pytest_collection_finish() -> None:
+    """Have the kit's looks for graphs that live on pass over what is there from the beginning."""
+    gc.collect()
+    gc.freeze()
