@@ -145,10 +145,12 @@ def judged(fault: Fault) -> tb.Report:
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_each_property_that_a_fault_breaks_names_its_cause_and_no_other(fault: Fault) -> None:
+def test_a_fault_breaks_exactly_the_properties_of_its_row_and_each_names_its_cause(
+    fault: Fault,
+) -> None:
     broken = judged(fault).broken
 
-    assert broken
+    assert {verdict.name for verdict in broken} == BREAKS[fault.name]
     for verdict in broken:
         assert [cause.name for cause in verdict.causes] == [CAUSES[fault.name]], verdict.name
 

@@ -244,7 +244,6 @@ LEAST: dict[str, tuple[Callable[[Case], bool], Case]] = {
         lambda case: len({b for b, _ in case.sizes()}) > 1,
         Case(3, batches=2, seed=1),
     ),
-    "three chunks": (lambda case: case.steps > 2 * case.chunk, Case(1, 3, 1)),
     "a sequence shorter than a chunk": (lambda case: case.steps < case.chunk, Case(1, 1, 2)),
     "T = K": (lambda case: case.steps == case.chunk > 1, Case(1, 2, 2)),
     "five chunks": (lambda case: case.steps > 4 * case.chunk, Case(1, 5, 1)),
