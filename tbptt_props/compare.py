@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypedDict
@@ -65,6 +65,11 @@ def same_leaves(ones: Tensors, others: Tensors) -> bool:
     """Compare leaf by leaf, in order and bit for bit: a pair may travel as a list."""
     pairs = zip(ones.values(), others.values(), strict=False)
     return len(ones) == len(others) and all(same(one, other) for one, other in pairs)
+
+
+def rows_of(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return the rows of tensors: of a state, each is of a sequence, or a layer's part of it."""
+    return [row for t in tensors if t.dim() and t.numel() for row in t.reshape(-1, t.shape[-1])]
 
 
 def close(found: Tensor, due: Tensor, *, rounded: bool = True) -> bool:

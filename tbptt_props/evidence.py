@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tbptt_props.byhand import BY_HAND
-from tbptt_props.compare import clipped, close, is_clipped, same, same_leaves, scaled_alike
+from tbptt_props.compare import clipped, close, is_clipped, rows_of, same, same_leaves, scaled_alike
 from tbptt_props.flags import AFRESH, whatever_flags_say
 from tbptt_props.state import leaves
 from tbptt_props.trace import (
@@ -333,16 +333,12 @@ def _ways(link: Link, found: Tensors, due: Tensors, known: Mapping[str, Tensors]
 def _made_of(found: Tensors, parameters: Sequence[Tensor]) -> bool:
     """Tell whether each row of a state is one of a parameter's, and not all are zero."""
     rows = [p.reshape(-1, p.shape[-1]) for p in parameters if p.dim() and p.numel()]
-    own = _rows(found.values())
+    own = rows_of(found.values())
     some = any(bool(row.any()) for row in own)
     return some and all(
         any(row.shape == r.shape[1:] and bool((r == row).all(dim=1).any()) for r in rows)
         for row in own
     )
-
-
-def _rows(tensors: Iterable[Tensor]) -> list[Tensor]:
-    return [row for t in tensors if t.dim() and t.numel() for row in t.reshape(-1, t.shape[-1])]
 
 
 def _goes_back(link: Link) -> bool:
@@ -364,13 +360,13 @@ def _may_be_fresh(link: Link, found: Tensors, due: Tensors, initial: Tensors) ->
         return False
     if not found:
         return True
-    fresh = _rows(initial.values())
+    fresh = rows_of(initial.values())
     return len(found) == len(due) and all(
         one.shape == other.shape
         and one.dim() > 0
         and all(
             same(row, before) or not bool(row.any()) or any(same(row, start) for start in fresh)
-            for row, before in zip(_rows([one]), _rows([other]), strict=True)
+            for row, before in zip(rows_of([one]), rows_of([other]), strict=True)
         )
         for one, other in zip(found.values(), due.values(), strict=True)
     )

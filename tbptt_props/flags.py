@@ -7,11 +7,11 @@ for the batch that ended and for the one that begins, states can't all have had 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from tbptt_props.compare import same
+from tbptt_props.compare import rows_of, same
 from tbptt_props.state import leaves
 from tbptt_props.trace import Fate, Flags, Link, Tensors
 
@@ -28,12 +28,13 @@ def fate_of(link: Link) -> Fate | None:
     ended, found = leaves(before.outcome.states[-1]), leaves(given.state)
     if link.chunk.lanes != before.lanes or (found and _shapes(found) != _shapes(ended)):
         return None
-    initial = _rows(leaves(given.initial))
-    starts = _rows(found) if found else [None] * len(_rows(ended))
-    ways = {_way(*pair, initial) for pair in zip(_rows(ended), starts, strict=True)}
+    initial, ends = rows_of(leaves(given.initial).values()), rows_of(ended.values())
+    starts = rows_of(found.values()) if found else [None] * len(ends)
+    ways = {_way(*pair, initial) for pair in zip(ends, starts, strict=True)}
+    known = frozenset(way for way in ways if way)
     if None in ways or not _are_telling(link, before.flags, onward=ONWARD in ways):
-        return Fate(frozenset(way for way in ways if way))
-    return Fate(frozenset(way for way in ways if way), before.flags, link.chunk.flags)
+        return Fate(known)
+    return Fate(known, before.flags, link.chunk.flags)
 
 
 def whatever_flags_say(way: str, link: Link) -> bool:
@@ -65,15 +66,6 @@ def _way(ended: Tensor, found: Tensor | None, initial: Sequence[Tensor]) -> str 
     if found is None or not bool(found.any()) or _among(initial, found):
         return AFRESH
     return ONWARD if same(found, ended) else NEITHER
-
-
-def _rows(tensors: Tensors) -> list[Tensor]:
-    return [row for t in tensors.values() if t.dim() and t.numel() for row in _rows_of(t)]
-
-
-def _rows_of(tensor: Tensor) -> Iterator[Tensor]:
-    rows: tuple[Tensor, ...] = tensor.reshape(-1, tensor.shape[-1]).unbind(0)
-    yield from rows
 
 
 def _among(rows: Sequence[Tensor], row: Tensor) -> bool:
