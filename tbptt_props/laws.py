@@ -291,7 +291,7 @@ def resumed(
         if all((sequence, start) in padding for sequence in range(len(batches[batch].inputs))):
             return Rerun(where, missing="a boundary at which some sequence goes on")
         return Rerun(where, problem="no chunk starts there", due="one to go on with")
-    left = replace(marks.boundary, one_each=watch.one_each)
+    left = replace(marks.boundary, one_each=watch.closing.one_each)
     heard = _Heard()
     rerun = _rerun(fresh, batches, left, first, where, heard)
     if not _alike(rerun) and any(chunk.followed for chunk in watch.closed):
@@ -689,10 +689,10 @@ def one_chunk(
     if chunk.padded:
         return Rerun(where, missing="inputs of forward that are the batch's own, without padding")
     stop = marks.plan[0][0][1]  # without what is left out
-    whole = batches[0].copied().cut(0, stop=stop, one_each=watch.one_each)
+    whole = batches[0].copied().cut(0, stop=stop, one_each=watch.closing.one_each)
     if whole is None:
         return Rerun(where, missing=_UNCLEAR)
-    of_whole = _of_whole(whole, chunk, one_each=watch.one_each)
+    of_whole = _of_whole(whole, chunk, one_each=watch.closing.one_each)
     due = rederive(fresh(), of_whole, slope=False, mixing=False)
     if due.missing or due.loss is None:
         unknown = "targets of which it is clear how they are laid out"

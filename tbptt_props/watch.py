@@ -18,7 +18,6 @@ import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -30,15 +29,14 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from tbptt_props.aims import targets_of
 from tbptt_props.batch import Batch
 from tbptt_props.byhand import BY_HAND, Rate
-from tbptt_props.compare import close, difference, same, same_leaves, scaling, scalings
+from tbptt_props.closing import Closing
+from tbptt_props.compare import close, difference, same, same_leaves
 from tbptt_props.device import drawn
 from tbptt_props.forward import Arguments, Forward
 from tbptt_props.graph import (
     any_within,
-    hooked,
     mark,
     marked,
     nodes_behind,
@@ -46,26 +44,23 @@ from tbptt_props.graph import (
     sequence_number,
     variables_past,
 )
-from tbptt_props.layout import alike, joined, of_parts
+from tbptt_props.layout import joined
 from tbptt_props.lineage import Lineage
-from tbptt_props.lines import Line, calls_itself, users_line
-from tbptt_props.places import by_memory, lanes_of, locate, span_of, time_first
+from tbptt_props.lines import calls_itself, users_line
+from tbptt_props.live import Canary, LiveCall, LiveChunk, Snapshot, joined_places, turns_of
+from tbptt_props.places import by_memory, lanes_of, locate
 from tbptt_props.precision import autocast_in_force, keeps_casts
 from tbptt_props.process import Hung, Watchdog, randomness
 from tbptt_props.scaling import divided, is_told_to_skip, scale_of, scalers_watched
 from tbptt_props.standin import Original, standing_in
-from tbptt_props.state import dense, leaves, side_by_side, value_of
+from tbptt_props.state import dense, leaves, value_of
 from tbptt_props.subject import ObservationError, Subject, WiringError
 from tbptt_props.trace import (
     Call,
     Chunk,
     Difference,
-    Flags,
-    Given,
     Kind,
     Leak,
-    Outcome,
-    Place,
     Rule,
     Span,
     Tensors,
@@ -75,11 +70,7 @@ _PREDICTION = "tbptt prediction"  # marks its node in the graph
 _STATE = "tbptt state"
 
 
-class _Canary:
-    """Hung into a graph; dead when the graph is."""
-
-
-_Graph = tuple[int, str, list[weakref.ref[_Canary]]]  # a chunk's: its batch, its name, its canaries
+_Graph = tuple[int, str, list[weakref.ref[Canary]]]  # a chunk's: its batch, its name, its canaries
 
 
 @dataclass
@@ -110,87 +101,16 @@ class Watching(Protocol):
 
 
 @dataclass
-class _Snapshot:
-    """All that a forward may depend on besides its arguments."""
-
-    parameters: Tensors
-    buffers: Tensors
-    trainable: frozenset[str]
-    attributes: Mapping[str, Mapping[str, Any]]
-    randomness: Any
-    autocast: torch.dtype | None
-    keeps_casts: bool
-
-
-@dataclass(eq=False)
-class _LiveCall:
-    """A call of forward, and where its graph lies among all of autograd's nodes."""
-
-    training: bool
-    call: Call
-    snapshot: _Snapshot
-    places: Tensor | None
-    attached: Mapping[str, int]  # incoming leaves with a graph, and its oldest node
-    opened: int = 0
-    closed: int = 0
-    canaries: list[weakref.ref[_Canary]] = field(default_factory=list)
-    cotangent: Tensor | None = None
-    feeding: frozenset[str] = frozenset()  # parameters from which a state or context is made
-    embedding: frozenset[str] = frozenset()  # and those from which the inputs are
-    drew: bool = False  # random numbers
-    hands_on_a_graph: bool = False  # the state it returned has one
-    line: Line | None = None  # of the user's, that called it
-    interrupted: bool = False  # an update came after it and before its backward
-    step: object | None = None  # the optimizer step inside which it ran, if any
-    followed: bool = False  # its inputs are what the loop made of the batch's
-
-
-@dataclass
 class _Asked:
     """Gradients that were asked for; if an update follows, that was the backward."""
 
-    calls: list[_LiveCall]
+    calls: list[LiveCall]
     cotangents: list[Tensor | None]
     numbers: list[int]
     loss: float
     returned: Tensors  # those by parameters
     spent: bool  # no other backward can come: the graph is gone
     besides: frozenset[str]  # parameters that the loss reaches past the predictions
-
-
-@dataclass(eq=False)
-class _LiveChunk:
-    """A chunk from its backward on, until the next one's."""
-
-    batch: int
-    calls: list[_LiveCall]
-    events: list[Kind]
-    starts_batch: bool
-    step: object | None
-    leaks: tuple[Leak, ...] = ()
-    dirty: tuple[str, ...] = ()
-    mode: bool = True
-    loss: float = 0.0
-    gradients: Tensors = field(default_factory=dict)
-    rules: list[Rule] = field(default_factory=list)
-    updated_by: list[int] = field(default_factory=list)
-    moved: list[tuple[str, Difference]] = field(default_factory=list)
-    states: list[Any] = field(default_factory=list)
-    repeats: list[Any] = field(default_factory=list)
-    through_lightning: bool | None = None
-    evaluations: int = 1
-    complete: bool = False
-    index: int = 0
-    standing: Tensors = field(default_factory=dict)
-    left: Tensors = field(default_factory=dict)
-    returned: bool = False
-    idle: str = ""
-    lines: dict[Kind, Line] = field(default_factory=dict)
-    besides: frozenset[str] = frozenset()
-    scale: float = 1.0  # by which a scaler multiplied the loss
-    by_slope: bool = False  # backward was handed the slope of a loss, and not its value
-    chained: bool = False  # backward started from a state as well
-    divided: bool | None = None  # by a scaler, and all of them as backward left them
 
 
 class Watch:
@@ -211,10 +131,11 @@ class Watch:
         self.device = torch.device(subject.device).type
         self.hand_on = hand_on
         self.pristine = [batch.copied().moved(subject.device) for batch in batches]
+        self.closing = Closing(subject, self.pristine, plan)
         self.forward = Forward(subject)
         self.names = {id(p): name for name, p in self.module.named_parameters()}
-        self.open: list[_LiveCall] = []
-        self.current: _LiveChunk | None = None
+        self.open: list[LiveCall] = []
+        self.current: LiveChunk | None = None
         self.closed: list[Chunk] = []
         self.consumed: list[tuple[int, int, str]] = []  # node numbers of chunks gone by
         self.horizon = -1  # nodes up to here belong to chunks gone by
@@ -230,7 +151,6 @@ class Watch:
         self.outlived: list[str] = []
         self.halted = False
         self.watched = 0
-        self.ended: tuple[int, int, Call] | None = None  # the last chunk: batch, calls, the last
         self.rates: list[float] = []  # of updates, in their order
         self.trained: set[tuple[int, frozenset[str]]] = set()  # parameters, by batch and chunk
         self.batch = -1
@@ -239,8 +159,6 @@ class Watch:
         self.live_batch: Batch | None = None
         self.in_batch = False
         self.in_this_batch = 0  # chunks
-        self.trained_to = 0  # the time step up to which chunks of this batch came
-        self.one_each = False  # whether targets (B, O) that look like (B, T) were met
         self.problem: BaseException | None = None
         self.announced: list[int] = []
         self.lightning_updates: Callable[[], int] | None = None
@@ -260,7 +178,7 @@ class Watch:
         self.initial_state: Any = None
         self.busy = False
         self.used_up: dict[str, Tensor] | None = None  # gradients, in the midst of a backward
-        self.gathered: dict[_LiveCall, Tensor] | None = None
+        self.gathered: dict[LiveCall, Tensor] | None = None
         self.thread = threading.get_ident()
         self.before_call: Callable[[Watch, Tensor | None, Any], None] | None = None
         self.before_batch: Callable[[Watch], None] | None = None
@@ -279,7 +197,8 @@ class Watch:
         self._drop_open_calls()
         self.batch = index
         self.fresh_batch = self.in_batch = True
-        self.in_this_batch = self.trained_to = 0
+        self.in_this_batch = 0
+        self.closing.batch_started()
         if self.lineage is not None:
             self.lineage.forget()
         self.live_batch = self._taken_apart(batch)
@@ -330,7 +249,7 @@ class Watch:
         """Say how far training has got."""
         chunk = self.current
         if chunk is not None:
-            return f"{_named(chunk)}, {'after' if chunk.complete else 'in'} its backward"
+            return f"{chunk}, {'after' if chunk.complete else 'in'} its backward"
         if self.open:
             return f"batch {self.batch}, after a forward"
         return f"batch {self.batch}" if self.batch >= 0 else "the start"
@@ -338,9 +257,9 @@ class Watch:
     def ended_in(self, places: Tensor) -> list[Any]:
         """Return the states that the chunk before ended in, if its rows are those at `places`."""
         chunk = self.current
-        if chunk is None or lanes_of(_joined(chunk.calls)) != lanes_of(places):
+        if chunk is None or lanes_of(chunk.places) != lanes_of(places):
             return []
-        return list(_ended_in(chunk))
+        return list(chunk.ended_in)
 
     # What is wrapped ------------------------------------------------------------------------
 
@@ -507,7 +426,7 @@ class Watch:
         parts = leaves(self.live_batch.whole).values()
         return any(part.untyped_storage().data_ptr() == place for part in parts)
 
-    def _opened(self, arguments: Arguments) -> _LiveCall:
+    def _opened(self, arguments: Arguments) -> LiveCall:
         """Write down what a call of forward starts from."""
         places = self._places(arguments.x)
         followed = places is None and self.lineage is not None
@@ -520,7 +439,7 @@ class Watch:
         state = arguments.state
         attached = {path: leaf for path, leaf in leaves(state).items() if leaf.grad_fn}
         oldest = {path: min(numbers_behind([leaf]), default=0) for path, leaf in attached.items()}
-        return _LiveCall(
+        return LiveCall(
             training=self.module.training,
             call=Call(
                 x=value_of(arguments.x),
@@ -627,11 +546,11 @@ class Watch:
         self.problem = ObservationError(message)
         return self.problem
 
-    def _snapshot(self) -> _Snapshot:
+    def _snapshot(self) -> Snapshot:
         """Write down what forward may depend on; the parameters only if they are not known yet."""
         trainable = frozenset(n for n, p in self.module.named_parameters() if p.requires_grad)
         self.ever_trainable |= trainable
-        return _Snapshot(
+        return Snapshot(
             parameters=self.known,
             buffers={name: b.detach().clone() for name, b in self.module.named_buffers()},
             trainable=trainable,
@@ -709,7 +628,7 @@ class Watch:
                 used = {n: g for n, g in caught.items() if not self.by_hand or self._moved(n)}
                 self._take_gradients(chunk, used)
                 chunk.complete = True
-            _note_line(chunk, "backward", users_line())
+            chunk.note_line("backward", users_line())
             chunk.events.insert(before, "backward")  # updates may have been made by its hooks
             self._note_update_by_hand()  # a hook may have made it in the midst of backward
         return result
@@ -767,7 +686,7 @@ class Watch:
         """Tell whether a parameter is not as it was when it was last looked at."""
         return name in self.known and not same(self.module.get_parameter(name), self.known[name])
 
-    def _take_gradients(self, chunk: _LiveChunk, used: Tensors) -> None:
+    def _take_gradients(self, chunk: LiveChunk, used: Tensors) -> None:
         """Copy the gradients that backward left; those that stood before are not the chunk's."""
         chunk.gradients = {**self._gradients(handed=None), **used}
         if chunk.standing:
@@ -822,7 +741,7 @@ class Watch:
         return returned, bool(returned) and not kept
 
     @contextlib.contextmanager
-    def _gathering(self) -> Iterator[dict[_LiveCall, Tensor]]:
+    def _gathering(self) -> Iterator[dict[LiveCall, Tensor]]:
         """Gather the loss's gradient by each prediction while autograd runs."""
         self.gathered = {}
         try:
@@ -830,12 +749,12 @@ class Watch:
         finally:
             self.gathered = None
 
-    def _look_after(self, live: _LiveCall, predicted: Any, after: Iterable[Tensor]) -> None:
+    def _look_after(self, live: LiveCall, predicted: Any, after: Iterable[Tensor]) -> None:
         """Hang canaries into the graph of a call, and be told of the gradient by its prediction."""
         predictions = list(leaves(predicted).values())
         for tensor in (*predictions, *after):
             if tensor.grad_fn is not None:
-                canary = _Canary()
+                canary = Canary()
                 mark(tensor, "tbptt", canary)
                 live.canaries.append(weakref.ref(canary))
         for index, prediction in enumerate(predictions):
@@ -844,7 +763,7 @@ class Watch:
                 take = functools.partial(self._take_cotangent, live, index)
                 prediction.register_hook(take)  # type: ignore[no-untyped-call]
 
-    def _take_cotangent(self, live: _LiveCall, index: int, cotangent: Tensor) -> None:
+    def _take_cotangent(self, live: LiveCall, index: int, cotangent: Tensor) -> None:
         gathered, nest = self.gathered, live.call.nest
         if gathered is None or self.busy:
             return
@@ -880,7 +799,7 @@ class Watch:
         if self.lightning_updates is not None:
             chunk.through_lightning = False
 
-    def _add_up(self, chunk: _LiveChunk, returned: Tensors, before: Tensors) -> None:
+    def _add_up(self, chunk: LiveChunk, returned: Tensors, before: Tensors) -> None:
         """Take the gradients that a loop was handed, which it adds up itself for an update."""
         chunk.gradients, chunk.returned, chunk.standing = returned, True, before
         both = before.keys() & returned.keys()
@@ -915,7 +834,7 @@ class Watch:
             )
         return float(root.detach())
 
-    def _chunk_of(self, numbers: list[int]) -> _LiveChunk | None:
+    def _chunk_of(self, numbers: list[int]) -> LiveChunk | None:
         """Find the chunk that a backward through these nodes belongs to; begin one if need be."""
         reached = [c for c in self.open if any_within(numbers, c.opened, c.closed)]
         step = self.steps[-1][0] if self.steps else None
@@ -937,9 +856,7 @@ class Watch:
             return self._go_on_with(self.current, reached, numbers)
         return self._begin_chunk(reached, numbers, step)
 
-    def _go_on_with(
-        self, chunk: _LiveChunk, calls: list[_LiveCall], numbers: list[int]
-    ) -> _LiveChunk:
+    def _go_on_with(self, chunk: LiveChunk, calls: list[LiveCall], numbers: list[int]) -> LiveChunk:
         """Take further calls for a part of the current chunk."""
         chunk.calls = [*chunk.calls, *calls]
         chunk.events.extend("forward" for _ in calls)
@@ -949,18 +866,18 @@ class Watch:
         chunk.complete = False
         return chunk
 
-    def _is_evaluated_again(self, calls: list[_LiveCall], step: object | None) -> bool:
+    def _is_evaluated_again(self, calls: list[LiveCall], step: object | None) -> bool:
         """Tell whether a closure runs the current chunk once more, and not the next one."""
         if self.current is None:
             return False
-        one, other = _joined(self.current.calls), _joined(calls)
+        one, other = self.current.places, joined_places(calls)
         if step is not None and self.current.step is step:
             return one is None or other is None or torch.equal(one, other)
         if one is None or other is None or not torch.equal(one, other):
             return False
         return self._is_tried_elsewhere(self.current, calls)
 
-    def _is_tried_elsewhere(self, chunk: _LiveChunk, calls: list[_LiveCall]) -> bool:
+    def _is_tried_elsewhere(self, chunk: LiveChunk, calls: list[LiveCall]) -> bool:
         """Tell whether a chunk is run again because its update is due to gradients from elsewhere.
 
         So it is where the parameters were moved up the slope after its backward (SAM).
@@ -974,7 +891,7 @@ class Watch:
         moved = not same_leaves(before.snapshot.parameters, there)
         return moved and not any(map(self._has_gradient, self.names.values()))
 
-    def _is_other_sequences_turn(self, calls: list[_LiveCall]) -> bool:
+    def _is_other_sequences_turn(self, calls: list[LiveCall]) -> bool:
         """Tell whether calls run the current chunk's time steps of sequences it has not had yet.
 
         They share its update: a part of the batch has a backward after the other.
@@ -982,18 +899,18 @@ class Watch:
         chunk = self.current
         if chunk is None or chunk.rules or self.early or chunk.batch != self.batch:
             return False
-        return bool(_turns([*chunk.calls, *calls]))
+        return bool(turns_of([*chunk.calls, *calls]))
 
     def _begin_chunk(
-        self, calls: list[_LiveCall], numbers: list[int], step: object | None
-    ) -> _LiveChunk:
+        self, calls: list[LiveCall], numbers: list[int], step: object | None
+    ) -> LiveChunk:
         followed, self.moves = self.moves, []
         self._close_current()
         events: list[Kind] = ["forward"] * len(calls)
         early, self.early = self.early, []
         if early or any(call.interrupted for call in calls):
             events.append("update")
-        chunk = _LiveChunk(
+        chunk = LiveChunk(
             batch=self.batch,
             calls=calls,
             events=events,
@@ -1013,7 +930,7 @@ class Watch:
             states=[calls[-1].call.state_after],
             besides=frozenset().union(*(call.embedding for call in calls)),
         )
-        _note_line(chunk, "forward", calls[0].line)
+        chunk.note_line("forward", calls[0].line)
         if self.subject.contract.adds_up and not self._opens():
             chunk.standing = {n: g for n, g in self._gradients(handed=None).items() if g.any()}
             chunk.dirty = ()
@@ -1027,7 +944,7 @@ class Watch:
         index = self.in_this_batch
         return self.subject.contract.opens(index, index + 1, self.batch)
 
-    def _leaks(self, calls: list[_LiveCall], numbers: list[int]) -> tuple[Leak, ...]:
+    def _leaks(self, calls: list[LiveCall], numbers: list[int]) -> tuple[Leak, ...]:
         """Find the paths from a loss's nodes into those of chunks gone by."""
         older = bisect_left(numbers, self.horizon)
         if not older:
@@ -1114,6 +1031,11 @@ class Watch:
             for p in group["params"]
             if id(p) in self.names
         ]
+
+    def _each_owned(self, trainable: frozenset[str]) -> tuple[frozenset[str], ...]:
+        """Return what each optimizer owns, of those that train any of the parameters."""
+        owned = [frozenset(self._owned(optimizer)) for optimizer in self._optimizers()]
+        return tuple(names for names in owned if names & trainable)
 
     def _optimizers(self) -> Sequence[Optimizer]:
         """Return those that are known to train the module, or that training itself has made."""
@@ -1213,7 +1135,7 @@ class Watch:
             return
         chunk.events.append("update")
         if optimizer is not BY_HAND:  # which is noticed only later
-            _note_line(chunk, "update", users_line())
+            chunk.note_line("update", users_line())
         chunk.rules.append(rule)
         chunk.updated_by.append(id(optimizer))
         chunk.moved.extend(self.moves)
@@ -1262,7 +1184,7 @@ class Watch:
         self.rate.met(rule)
         self._attribute(BY_HAND, rule)
 
-    def _note_idleness(self, live: _LiveChunk) -> None:
+    def _note_idleness(self, live: LiveChunk) -> None:
         """Note a chunk without an update by hand: one that moves nothing can't be seen."""
         if not self.by_hand or live.rules or not live.complete:
             return
@@ -1285,7 +1207,12 @@ class Watch:
         with self._own_code():
             last = live.calls[-1]
             self._note_idleness(live)
-            chunk = self._chunk(live)
+            chunk = self.closing.chunk(
+                live,
+                initial=self.initial_state,
+                optimizers=self._each_owned(live.calls[0].snapshot.trainable),
+                halted=self.halted,
+            )
             self.consumed = [*self.consumed[-8:], (live.calls[0].opened, last.closed, str(chunk))]
             self.horizon = max(self.horizon, last.closed)
             canaries = [canary for call in live.calls for canary in call.canaries]
@@ -1293,7 +1220,6 @@ class Watch:
             if self.keeps_first and not self.closed:
                 self.first = chunk
             self.closed.append(chunk.slim())
-            self.ended = live.batch, len(live.calls), last.call
             self.watched += 1
             self.trained.add((live.batch, live.calls[0].snapshot.trainable))
             del live, last
@@ -1324,178 +1250,6 @@ class Watch:
         if _alive(due):
             self.outlived.extend(label for _, label, _ in _alive(due))
         self.graphs = [*self.graphs[:others], *self.graphs[-1:]]
-
-    def _is_reworked(self, live: _LiveChunk) -> bool:
-        """Tell whether the loop makes another state of what forward returns, at every time step.
-
-        Where a chunk is a single time step, all that shows is that it does so between chunks.
-        """
-        calls = [call.call for call in live.calls]
-        if _turns(live.calls):
-            return False
-        if len(calls) > 1:
-            return any(
-                call.attached and not alike(before.state_after, call.state)
-                for before, call in pairwise(calls)
-            )
-        batch, count, before = self.ended or (-1, 0, calls[0])
-        places = live.calls[0].places
-        by_step = places is not None and places.dim() == 2  # (sequences, their places)
-        follows = batch == live.batch and count == 1 and bool(leaves(calls[0].state))
-        return by_step and follows and not alike(before.state_after, calls[0].state)
-
-    def _chunk(self, live: _LiveChunk) -> Chunk:
-        first = live.calls[0]
-        fed = _joined(live.calls)
-        context = self._context(fed)
-        places = _without(context, fed)
-        span = span_of(places)
-        one_each = self._is_one_each(live, places)
-        self.one_each = self.one_each or one_each
-        self.trained_to = max(self.trained_to, span[1] if span else 0)
-        due = self.plan[live.batch] if self.plan else ()
-        return Chunk(
-            batch=live.batch,
-            span=span,
-            inputs=_as_places(fed),
-            targets=self._targets(live, places, context),
-            context=context,
-            given=Given(
-                calls=tuple(call.call for call in live.calls),
-                parameters=first.snapshot.parameters,
-                buffers=first.snapshot.buffers,
-                trainable=first.snapshot.trainable,
-                attributes=first.snapshot.attributes,
-                randomness=first.snapshot.randomness,
-                target=self._target(live, places, one_each=one_each),
-                context=context,
-                feeding=first.feeding,
-                autocast=first.snapshot.autocast,
-                keeps_casts=first.snapshot.keeps_casts,
-                hooked=hooked(self.module),
-                repeats=tuple(live.repeats),
-                initial=self.initial_state,
-                turns=_turns(live.calls),
-            ),
-            outcome=Outcome(
-                loss=live.loss,
-                cotangents=tuple(call.cotangent for call in live.calls),
-                gradients=live.gradients,
-                rules=tuple(live.rules),
-                events=tuple(live.events),
-                dirty=live.dirty,
-                moved=tuple(live.moved),
-                leaks=live.leaks,
-                states=_ended_in(live),
-                backward_through_lightning=live.through_lightning,
-                in_training_mode=live.mode,
-                scaled=tuple(
-                    scaling(live.left or live.gradients, rule.handed) for rule in live.rules
-                ),
-                optimizers=tuple(
-                    owned
-                    for owned in (frozenset(self._owned(o)) for o in self._optimizers())
-                    if owned & first.snapshot.trainable
-                ),
-                randomness=first.snapshot.randomness[0],
-                drew=any(call.drew for call in live.calls),
-                shrunk={
-                    name: found
-                    for rule in live.rules
-                    for name, found in scalings(live.left or live.gradients, rule.handed).items()
-                },
-                complete=live.complete,
-                halted=self.halted,
-                standing=live.standing,
-                left=live.left,
-                returned=live.returned,
-                idle=live.idle,
-                besides=live.besides,
-                by_slope=live.by_slope,
-                chained=live.chained,
-                scale=live.scale if live.divided or not live.rules else 1.0,
-            ),
-            starts_batch=live.starts_batch,
-            evaluations=live.evaluations,
-            pieces=_pieces(live.calls, due if self.subject.contract.adds_up else ()),
-            uncut=_uncut(live.calls, due),
-            runs=_runs(live.calls),
-            lanes=lanes_of(places),
-            turns=bool(_turns(live.calls)),
-            followed=any(call.followed for call in live.calls),
-            reworked=self._is_reworked(live),
-            moved=_has_moved(live.rules),
-            index=live.index,
-            flags=self._flags(live.batch),
-            adds_up=self.subject.contract.adds_up,
-            lines=live.lines,
-            padded=_is_padded(live.calls),
-        )
-
-    def _flags(self, batch: int) -> Flags:
-        if self.subject.contract.carry != "flagged" or not 0 <= batch < len(self.pristine):
-            return frozenset()
-        return self.pristine[batch].flags
-
-    def _context(self, places: Tensor | None) -> int:
-        """Return how many of a chunk's time steps are context: those that chunks before had."""
-        if not self.subject.contract.context or places is None or not lanes_of(places):
-            return 0
-        steps = places[:, 0, 1] if time_first(places) else places[0, :, 1]
-        return int((steps < self.trained_to).sum())
-
-    def _is_one_each(self, live: _LiveChunk, places: Tensor | None) -> bool:
-        """Tell whether there is a target for each sequence, where (B, O) looks like (B, T).
-
-        Where O = T, the prediction tells which it is.
-        """
-        if places is None or not 0 <= live.batch < len(self.pristine):
-            return False
-        batch = self.pristine[live.batch]
-        targets = batch.targets
-        if not isinstance(targets, Tensor) or targets.dim() != 2 or not batch.by_step:
-            return False
-        if not targets.is_floating_point():  # classes: (B * K, C) predictions may look like (B, T)
-            return False
-        predictions = [call.call.prediction for call in live.calls]
-        one_each = (len(lanes_of(places)), targets.shape[1])
-        found = [None if prediction is None else prediction.shape for prediction in predictions]
-        return found == [one_each] and places.shape[:-1] != one_each
-
-    def _target(self, live: _LiveChunk, places: Tensor | None, *, one_each: bool) -> Any:
-        """Return the targets at the places that were fed, laid out as the inputs were."""
-        if places is None or not 0 <= live.batch < len(self.pristine):
-            return None
-        batch = self.pristine[live.batch]
-        if batch.targets is None or self.subject.loss is None or bool((places < 0).any()):
-            return None
-        packed = any(isinstance(c.call.x, PackedSequence) for c in live.calls)
-        if packed and places.dim() < 3:  # targets are padded: nobody knows with what
-            return None
-        if one_each:
-            return batch.targets[list(lanes_of(places))]
-        return batch.targets_at(places)
-
-    def _targets(
-        self, live: _LiveChunk, places: Tensor | None, context: int
-    ) -> tuple[Place, ...] | None:
-        """Tell which targets the loss looked at; None where that is not known."""
-        if places is None or not live.complete or len(live.calls) != 1 or bool((places < 0).any()):
-            return None
-        call = live.calls[0]
-        batch = self.pristine[live.batch]
-        prediction = call.call.prediction
-        if places.dim() < 3 and isinstance(call.call.x, PackedSequence):
-            return None
-        if prediction is None or not batch.by_step or self.subject.loss is None:
-            return None
-        cotangent, time = call.cotangent, 0 if time_first(places) else 1
-        if context and prediction.dim() > time:
-            prediction = prediction.narrow(time, context, prediction.shape[time] - context)
-            if cotangent is not None:
-                cotangent = cotangent.narrow(time, context, prediction.shape[time])
-        loss = of_parts(self.subject.loss, call.call.nest)
-        return targets_of(loss, prediction, cotangent, live.loss, batch, places)
 
     def _note_changes(self, index: int) -> None:
         live, self.live_batch, self.in_batch = self.live_batch, None, False
@@ -1574,44 +1328,6 @@ def _alive(graphs: Sequence[_Graph]) -> list[_Graph]:
     return [graph for graph in graphs if any(canary() is not None for canary in graph[2])]
 
 
-def _turns(calls: Sequence[_LiveCall]) -> tuple[int, ...]:
-    """Return how many sequences each call ran, if they ran the same time steps of different ones.
-
-    () where they did not.
-    """
-    if len(calls) < 2 or len({span_of(call.places) for call in calls}) > 1:
-        return ()
-    lanes = [lanes_of(call.places) for call in calls]
-    apart = len({lane for rows in lanes for lane in rows}) == sum(map(len, lanes))
-    return tuple(map(len, lanes)) if all(lanes) and apart else ()
-
-
-def _ended_in(chunk: _LiveChunk) -> tuple[Any, ...]:
-    """Return the states that a chunk ended in, of which any will do."""
-    turns = _turns(chunk.calls)
-    if not turns:
-        return tuple(chunk.states)
-    return (side_by_side([call.call.state_after for call in chunk.calls], turns),)
-
-
-def _joined(calls: list[_LiveCall]) -> Tensor | None:
-    """Join the places that several calls fed: along time, unless sequences take turns."""
-    places = [call.places for call in calls]
-    if any(p is None for p in places):
-        return None
-    found = [p for p in places if p is not None]
-    if len(found) == 1:
-        return found[0]
-    # One time step a call: (B, 2) each. Otherwise each call has a time dimension of its own.
-    if all(p.dim() == 2 for p in found):
-        return torch.stack(found, dim=1) if len({p.shape for p in found}) == 1 else None
-    dim = 0 if time_first(found[0]) else 1
-    if _turns(calls):
-        dim = 1 - dim
-    others = {tuple(n for i, n in enumerate(p.shape) if i != dim) for p in found}
-    return torch.cat(found, dim=dim) if len(others) == 1 else None
-
-
 def _unpacked(packed: PackedSequence, places: Tensor | None) -> Tensor | None:
     """Lay the places of packed inputs out as (B, K, 2), if all sequences have K time steps."""
     if places is None or len(set(packed.batch_sizes.tolist())) > 1:
@@ -1619,98 +1335,6 @@ def _unpacked(packed: PackedSequence, places: Tensor | None) -> Tensor | None:
     laid_out = places.reshape(len(packed.batch_sizes), -1, 2).transpose(0, 1)
     order = packed.unsorted_indices
     return laid_out if order is None else laid_out[order.cpu()]
-
-
-def _without(context: int, places: Tensor | None) -> Tensor | None:
-    """Leave out the first time steps of the places that were fed."""
-    if places is None or not context:
-        return places
-    time = 0 if time_first(places) else 1
-    return places.narrow(time, context, places.shape[time] - context)
-
-
-def _is_padded(calls: Sequence[_LiveCall]) -> bool:
-    """Tell whether rows from outside the batch came in, and the loss depends on none of them."""
-    if not any(call.places is not None and bool((call.places < 0).any()) for call in calls):
-        return False
-    for call in calls:
-        if call.places is None or call.cotangent is None:
-            return False
-        outside = (call.places < 0).any(dim=-1)
-        if call.cotangent.shape[: outside.dim()] != outside.shape:
-            return False
-        if bool(call.cotangent[outside].any()):
-            return False
-    return True
-
-
-def _has_moved(rules: list[Rule]) -> bool:
-    """Tell whether updates moved a parameter, which is due if there was any gradient."""
-    if rules and not any(bool(g.any()) for rule in rules for g in rule.handed.values()):
-        return True
-    return any(not same(rule.before[n], rule.after[n]) for rule in rules for n in rule.before)
-
-
-def _runs(calls: list[_LiveCall]) -> tuple[Span, ...]:
-    """Return the time steps of each call, if all run over the same sequences."""
-    spans = [span for call in calls if (span := span_of(call.places)) is not None]
-    alike = len({lanes_of(call.places) for call in calls}) == 1
-    return tuple(spans) if alike and len(spans) == len(calls) else ()
-
-
-def _as_planned(calls: list[_LiveCall], plan: Sequence[Span]) -> tuple[Span, ...]:
-    """Return the time steps of each call, if each is just one of the chunks that are due."""
-    runs = _runs(calls)
-    return runs if {*runs} <= {*plan} else ()
-
-
-def _uncut(calls: list[_LiveCall], plan: Sequence[Span]) -> tuple[tuple[Span, Span], ...]:
-    """Return which chunks that are due one backward ran through, each with the one before it.
-
-    Of calls that run a single time step nothing is known: they may be any chunk's.
-    """
-    spans = _as_planned(calls, plan)
-    if all(stop - start == 1 for start, stop in spans):
-        return ()
-    pairs = zip(pairwise(spans), calls[1:], strict=True)
-    return tuple(pair for pair, call in pairs if call.call.attached)
-
-
-def _pieces(calls: list[_LiveCall], plan: Sequence[Span]) -> tuple[Span, ...]:
-    """Return the time steps of each run of calls that hang together by their state.
-
-    Where `plan` is that of chunks that may share a backward, each of them is a piece.
-    """
-    planned = _as_planned(calls, plan)
-    if planned or _turns(calls):
-        return planned
-    pieces: list[Span] = []
-    for i, call in enumerate(calls):
-        span = span_of(call.places)
-        if span is None:
-            return ()
-        # A state that never had a graph was not cut from one.
-        if i and (call.call.attached or not calls[i - 1].hands_on_a_graph):
-            pieces[-1] = (min(pieces[-1][0], span[0]), max(pieces[-1][1], span[1]))
-        else:
-            pieces.append(span)
-    return tuple(pieces)
-
-
-def _note_line(chunk: _LiveChunk, kind: Kind, line: Line | None) -> None:
-    """Note the first line of a kind; of updates the last, for it is the one too many."""
-    if line is not None and (kind == "update" or kind not in chunk.lines):
-        chunk.lines[kind] = line
-
-
-def _named(chunk: _LiveChunk) -> str:
-    return str(Chunk(batch=chunk.batch, span=span_of(_joined(chunk.calls))))
-
-
-def _as_places(places: Tensor | None) -> tuple[Place, ...]:
-    if places is None:
-        return ()
-    return tuple((int(b), int(t)) for b, t in places.reshape(-1, 2).tolist())
 
 
 def _as_it_is(returned: Any) -> Any:

@@ -1,0 +1,316 @@
+"""What a chunk is once it is over: all that was seen of it, as data.
+
+Shapes: B sequences, T time steps, K time steps in a chunk, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from tbptt_props.aims import targets_of
+from tbptt_props.batch import Batch
+from tbptt_props.compare import same, scaling, scalings
+from tbptt_props.graph import hooked
+from tbptt_props.layout import alike, of_parts
+from tbptt_props.live import LiveCall, LiveChunk, turns_of
+from tbptt_props.places import lanes_of, span_of, time_first
+from tbptt_props.state import leaves
+from tbptt_props.subject import Subject
+from tbptt_props.trace import Call, Chunk, Flags, Given, Outcome, Place, Rule, Span
+
+
+class Closing:
+    """Makes chunks of live ones, one after the other, as they are over."""
+
+    def __init__(
+        self, subject: Subject, pristine: Sequence[Batch], plan: Sequence[Sequence[Span]]
+    ) -> None:
+        """Make chunks of `subject`'s training on `pristine` batches, of which `plan` is due."""
+        self.subject = subject
+        self.pristine = pristine
+        self.plan = plan
+        self.one_each = False  # whether targets (B, O) that look like (B, T) were met
+        self._trained_to = 0  # the time step up to which chunks of this batch came
+        self._ended: tuple[int, int, Call] | None = None  # the last: its batch, calls, last call
+
+    def batch_started(self) -> None:
+        """Note that the chunks to come are the next batch's."""
+        self._trained_to = 0
+
+    def chunk(
+        self,
+        live: LiveChunk,
+        *,
+        initial: Any,
+        optimizers: tuple[frozenset[str], ...],
+        halted: bool,
+    ) -> Chunk:
+        """Return the chunk that a live one is now that it is over.
+
+        Args:
+            live: All that was noted of it.
+            initial: The state in which the whole run began.
+            optimizers: The names of the parameters of each one that trains any of them.
+            halted: Training raised before the chunk that comes next.
+        """
+        fed = live.places
+        context = self._context(fed)
+        places = _without(context, fed)
+        span = span_of(places)
+        one_each = self._is_one_each(live, places)
+        self.one_each = self.one_each or one_each
+        self._trained_to = max(self._trained_to, span[1] if span else 0)
+        due = self.plan[live.batch] if self.plan else ()
+        adds_up = self.subject.contract.adds_up
+        target = self._target(live, places, one_each=one_each)
+        chunk = Chunk(
+            batch=live.batch,
+            span=span,
+            inputs=_as_places(fed),
+            targets=self._targets(live, places, context),
+            context=context,
+            given=self._given(live, target, context, initial),
+            outcome=self._outcome(live, optimizers, halted=halted),
+            starts_batch=live.starts_batch,
+            evaluations=live.evaluations,
+            pieces=_pieces(live.calls, due if adds_up else ()),
+            uncut=_uncut(live.calls, due),
+            runs=_runs(live.calls),
+            lanes=lanes_of(places),
+            turns=bool(live.turns),
+            followed=any(call.followed for call in live.calls),
+            reworked=self._is_reworked(live),
+            moved=_has_moved(live.rules),
+            index=live.index,
+            flags=self._flags(live.batch),
+            adds_up=adds_up,
+            lines=live.lines,
+            padded=_is_padded(live.calls),
+        )
+        self._ended = live.batch, len(live.calls), live.calls[-1].call
+        return chunk
+
+    def _given(self, live: LiveChunk, target: Any, context: int, initial: Any) -> Given:
+        began = live.calls[0].snapshot
+        return Given(
+            calls=tuple(call.call for call in live.calls),
+            parameters=began.parameters,
+            buffers=began.buffers,
+            trainable=began.trainable,
+            attributes=began.attributes,
+            randomness=began.randomness,
+            target=target,
+            context=context,
+            feeding=live.calls[0].feeding,
+            autocast=began.autocast,
+            keeps_casts=began.keeps_casts,
+            hooked=hooked(self.subject.module),
+            repeats=tuple(live.repeats),
+            initial=initial,
+            turns=live.turns,
+        )
+
+    def _outcome(
+        self, live: LiveChunk, optimizers: tuple[frozenset[str], ...], *, halted: bool
+    ) -> Outcome:
+        met = live.left or live.gradients  # by an update
+        randomness = live.calls[0].snapshot.randomness
+        return Outcome(
+            loss=live.loss,
+            cotangents=tuple(call.cotangent for call in live.calls),
+            gradients=live.gradients,
+            rules=tuple(live.rules),
+            events=tuple(live.events),
+            dirty=live.dirty,
+            moved=tuple(live.moved),
+            leaks=live.leaks,
+            states=live.ended_in,
+            backward_through_lightning=live.through_lightning,
+            in_training_mode=live.mode,
+            scaled=tuple(scaling(met, rule.handed) for rule in live.rules),
+            optimizers=optimizers,
+            randomness=randomness[0],
+            drew=any(call.drew for call in live.calls),
+            shrunk={n: s for rule in live.rules for n, s in scalings(met, rule.handed).items()},
+            complete=live.complete,
+            halted=halted,
+            standing=live.standing,
+            left=live.left,
+            returned=live.returned,
+            idle=live.idle,
+            besides=live.besides,
+            by_slope=live.by_slope,
+            chained=live.chained,
+            scale=live.scale if live.divided or not live.rules else 1.0,
+        )
+
+    def _flags(self, batch: int) -> Flags:
+        if self.subject.contract.carry != "flagged" or not 0 <= batch < len(self.pristine):
+            return frozenset()
+        return self.pristine[batch].flags
+
+    def _context(self, places: Tensor | None) -> int:
+        """Return how many of a chunk's time steps are context: those that chunks before had."""
+        if not self.subject.contract.context or places is None or not lanes_of(places):
+            return 0
+        steps = places[:, 0, 1] if time_first(places) else places[0, :, 1]
+        return int((steps < self._trained_to).sum())
+
+    def _is_one_each(self, live: LiveChunk, places: Tensor | None) -> bool:
+        """Tell whether there is a target for each sequence, where (B, O) looks like (B, T).
+
+        Where O = T, the prediction tells which it is.
+        """
+        if places is None or not 0 <= live.batch < len(self.pristine):
+            return False
+        batch = self.pristine[live.batch]
+        targets = batch.targets
+        if not isinstance(targets, Tensor) or targets.dim() != 2 or not batch.by_step:
+            return False
+        if not targets.is_floating_point():  # classes: (B * K, C) predictions may look like (B, T)
+            return False
+        predictions = [call.call.prediction for call in live.calls]
+        one_each = (len(lanes_of(places)), targets.shape[1])
+        found = [None if prediction is None else prediction.shape for prediction in predictions]
+        return found == [one_each] and places.shape[:-1] != one_each
+
+    def _target(self, live: LiveChunk, places: Tensor | None, *, one_each: bool) -> Any:
+        """Return the targets at the places that were fed, laid out as the inputs were."""
+        if places is None or not 0 <= live.batch < len(self.pristine):
+            return None
+        batch = self.pristine[live.batch]
+        if batch.targets is None or self.subject.loss is None or bool((places < 0).any()):
+            return None
+        packed = any(isinstance(c.call.x, PackedSequence) for c in live.calls)
+        if packed and places.dim() < 3:  # targets are padded: nobody knows with what
+            return None
+        if one_each:
+            return batch.targets[list(lanes_of(places))]
+        return batch.targets_at(places)
+
+    def _targets(
+        self, live: LiveChunk, places: Tensor | None, context: int
+    ) -> tuple[Place, ...] | None:
+        """Tell which targets the loss looked at; None where that is not known."""
+        if places is None or not live.complete or len(live.calls) != 1 or bool((places < 0).any()):
+            return None
+        call = live.calls[0]
+        batch = self.pristine[live.batch]
+        prediction = call.call.prediction
+        if places.dim() < 3 and isinstance(call.call.x, PackedSequence):
+            return None
+        if prediction is None or not batch.by_step or self.subject.loss is None:
+            return None
+        cotangent, time = call.cotangent, 0 if time_first(places) else 1
+        if context and prediction.dim() > time:
+            prediction = prediction.narrow(time, context, prediction.shape[time] - context)
+            if cotangent is not None:
+                cotangent = cotangent.narrow(time, context, prediction.shape[time])
+        loss = of_parts(self.subject.loss, call.call.nest)
+        return targets_of(loss, prediction, cotangent, live.loss, batch, places)
+
+    def _is_reworked(self, live: LiveChunk) -> bool:
+        """Tell whether the loop makes another state of what forward returns, at every time step.
+
+        Where a chunk is a single time step, all that shows is that it does so between chunks.
+        """
+        calls = [call.call for call in live.calls]
+        if live.turns:
+            return False
+        if len(calls) > 1:
+            return any(
+                call.attached and not alike(before.state_after, call.state)
+                for before, call in pairwise(calls)
+            )
+        batch, count, before = self._ended or (-1, 0, calls[0])
+        places = live.calls[0].places
+        by_step = places is not None and places.dim() == 2  # (sequences, their places)
+        follows = batch == live.batch and count == 1 and bool(leaves(calls[0].state))
+        return by_step and follows and not alike(before.state_after, calls[0].state)
+
+
+def _runs(calls: list[LiveCall]) -> tuple[Span, ...]:
+    """Return the time steps of each call, if all run over the same sequences."""
+    spans = [span for call in calls if (span := span_of(call.places)) is not None]
+    alike = len({lanes_of(call.places) for call in calls}) == 1
+    return tuple(spans) if alike and len(spans) == len(calls) else ()
+
+
+def _as_planned(calls: list[LiveCall], plan: Sequence[Span]) -> tuple[Span, ...]:
+    """Return the time steps of each call, if each is just one of the chunks that are due."""
+    runs = _runs(calls)
+    return runs if {*runs} <= {*plan} else ()
+
+
+def _uncut(calls: list[LiveCall], plan: Sequence[Span]) -> tuple[tuple[Span, Span], ...]:
+    """Return which chunks that are due one backward ran through, each with the one before it.
+
+    Of calls that run a single time step nothing is known: they may be any chunk's.
+    """
+    spans = _as_planned(calls, plan)
+    if all(stop - start == 1 for start, stop in spans):
+        return ()
+    pairs = zip(pairwise(spans), calls[1:], strict=True)
+    return tuple(pair for pair, call in pairs if call.call.attached)
+
+
+def _pieces(calls: list[LiveCall], plan: Sequence[Span]) -> tuple[Span, ...]:
+    """Return the time steps of each run of calls that hang together by their state.
+
+    Where `plan` is that of chunks that may share a backward, each of them is a piece.
+    """
+    planned = _as_planned(calls, plan)
+    if planned or turns_of(calls):
+        return planned
+    pieces: list[Span] = []
+    for i, call in enumerate(calls):
+        span = span_of(call.places)
+        if span is None:
+            return ()
+        # A state that never had a graph was not cut from one.
+        if i and (call.call.attached or not calls[i - 1].hands_on_a_graph):
+            pieces[-1] = (min(pieces[-1][0], span[0]), max(pieces[-1][1], span[1]))
+        else:
+            pieces.append(span)
+    return tuple(pieces)
+
+
+def _without(context: int, places: Tensor | None) -> Tensor | None:
+    """Leave out the first time steps of the places that were fed."""
+    if places is None or not context:
+        return places
+    time = 0 if time_first(places) else 1
+    return places.narrow(time, context, places.shape[time] - context)
+
+
+def _is_padded(calls: Sequence[LiveCall]) -> bool:
+    """Tell whether rows from outside the batch came in, and the loss depends on none of them."""
+    if not any(call.places is not None and bool((call.places < 0).any()) for call in calls):
+        return False
+    for call in calls:
+        if call.places is None or call.cotangent is None:
+            return False
+        outside = (call.places < 0).any(dim=-1)
+        if call.cotangent.shape[: outside.dim()] != outside.shape:
+            return False
+        if bool(call.cotangent[outside].any()):
+            return False
+    return True
+
+
+def _has_moved(rules: list[Rule]) -> bool:
+    """Tell whether updates moved a parameter, which is due if there was any gradient."""
+    if rules and not any(bool(g.any()) for rule in rules for g in rule.handed.values()):
+        return True
+    return any(not same(rule.before[n], rule.after[n]) for rule in rules for n in rule.before)
+
+
+def _as_places(places: Tensor | None) -> tuple[Place, ...]:
+    if places is None:
+        return ()
+    return tuple((int(b), int(t)) for b, t in places.reshape(-1, 2).tolist())
