@@ -201,7 +201,7 @@ def state_is_carried_in_part(seen: Evidence) -> bool:
 
     Try: hand on both, (h, c)
     """
-    return _carried_as(seen, "in part")
+    return _carried_as(seen, "in part") or any(look.set_back for look in seen.looks)
 
 
 def state_is_changed_on_the_way(seen: Evidence) -> bool:

@@ -5,21 +5,24 @@ Shapes: B sequences, T time steps, K time steps in a chunk, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from tbptt_props.aims import targets_of
 from tbptt_props.batch import Batch
-from tbptt_props.compare import same, scaling, scalings
+from tbptt_props.compare import same, same_leaves, scaling, scalings
 from tbptt_props.graph import hooked
 from tbptt_props.layout import alike, of_parts
 from tbptt_props.live import LiveCall, LiveChunk, turns_of
 from tbptt_props.places import lanes_of, span_of, time_first
-from tbptt_props.state import leaves
+from tbptt_props.state import leaves, numbers
 from tbptt_props.subject import Subject
 from tbptt_props.trace import Call, Chunk, Flags, Given, Outcome, Place, Rule, Span
 
@@ -36,7 +39,7 @@ class Closing:
         self.plan = plan
         self.one_each = False  # whether targets (B, O) that look like (B, T) were met
         self._trained_to = 0  # the time step up to which chunks of this batch came
-        self._ended: tuple[int, int, Call] | None = None  # the last: its batch, calls, last call
+        self._ended: tuple[int, Sequence[Call]] = (-1, ())  # the last one's batch, and its calls
 
     def batch_started(self) -> None:
         """Note that the chunks to come are the next batch's."""
@@ -58,7 +61,8 @@ class Closing:
             optimizers: The names of the parameters of each one that trains any of them.
             halted: Training raised before the chunk that comes next.
         """
-        fed = live.places
+        live, again = _without_copies(live)
+        fed, copies = _without_copied_rows(live)
         context = self._context(fed)
         places = _without(context, fed)
         span = span_of(places)
@@ -67,12 +71,13 @@ class Closing:
         self._trained_to = max(self._trained_to, span[1] if span else 0)
         due = self.plan[live.batch] if self.plan else ()
         adds_up = self.subject.contract.adds_up
-        target = self._target(live, places, one_each=one_each)
+        copies += again
+        target = None if copies else self._target(live, places, one_each=one_each)
         chunk = Chunk(
             batch=live.batch,
             span=span,
             inputs=_as_places(fed),
-            targets=self._targets(live, places, context),
+            targets=None if copies else self._targets(live, places, context),
             context=context,
             given=self._given(live, target, context, initial),
             outcome=self._outcome(live, optimizers, halted=halted),
@@ -91,8 +96,9 @@ class Closing:
             adds_up=adds_up,
             lines=live.lines,
             padded=_is_padded(live.calls),
+            copies=copies,
         )
-        self._ended = live.batch, len(live.calls), live.calls[-1].call
+        self._ended = live.batch, [call.call for call in live.calls]
         return chunk
 
     def _given(self, live: LiveChunk, target: Any, context: int, initial: Any) -> Given:
@@ -113,7 +119,21 @@ class Closing:
             repeats=tuple(live.repeats),
             initial=initial,
             turns=live.turns,
+            left=self._left(live),
         )
+
+    def _left(self, live: LiveChunk) -> Any:
+        """Return the state that the chunk before ended in, if only its numbers were set back.
+
+        They are what they were as that chunk began, though its forward returned others.
+        """
+        batch, before = self._ended
+        came = live.calls[0].call.state
+        if batch != live.batch or not leaves(came):
+            return None
+        now, began, ended = map(numbers, (came, before[0].state, before[-1].state_after))
+        back = any(began.get(path) == now[path] != ended.get(path, now[path]) for path in now)
+        return before[-1].state_after if back and alike(before[-1].state_after, came) else None
 
     def _outcome(
         self, live: LiveChunk, optimizers: tuple[frozenset[str], ...], *, halted: bool
@@ -227,11 +247,59 @@ class Closing:
                 call.attached and not alike(before.state_after, call.state)
                 for before, call in pairwise(calls)
             )
-        batch, count, before = self._ended or (-1, 0, calls[0])
+        batch, ended = self._ended
         places = live.calls[0].places
         by_step = places is not None and places.dim() == 2  # (sequences, their places)
-        follows = batch == live.batch and count == 1 and bool(leaves(calls[0].state))
-        return by_step and follows and not alike(before.state_after, calls[0].state)
+        follows = batch == live.batch and len(ended) == 1 and bool(leaves(calls[0].state))
+        return by_step and follows and not alike(ended[0].state_after, calls[0].state)
+
+
+def _without_copies(live: LiveChunk) -> tuple[LiveChunk, int]:
+    """Leave out calls that run once more what one before them ran, and say how many there are.
+
+    They start from the same state, by other random numbers, or predict something else at least.
+    """
+    calls = live.calls
+    once = [call for i, call in enumerate(calls) if not any(_is_copy(call, c) for c in calls[:i])]
+    states = [call.call.state_after for call in calls] if len(once) < len(calls) else live.states
+    return replace(live, calls=once, states=states), len(calls) - len(once)
+
+
+def _is_copy(call: LiveCall, before: LiveCall) -> bool:
+    if call.places is None or before.places is None or not torch.equal(call.places, before.places):
+        return False
+    one, other = call.call.prediction, before.call.prediction
+    otherwise = call.drew or (one is not None and other is not None and not same(one, other))
+    return otherwise and same_leaves(leaves(call.call.state), leaves(before.call.state))
+
+
+def _without_copied_rows(live: LiveChunk) -> tuple[Tensor | None, int]:
+    """Leave out rows that are a sequence once more, and say how often each sequence is there so.
+
+    As above, that is by other random numbers.
+    """
+    places, lanes = live.places, lanes_of(live.places)
+    often = {*Counter(lanes).values()}
+    if places is None or len(live.calls) > 1 or len(often) > 1 or 1 in often or not lanes:
+        return places, 0
+    first = {lane: row for row, lane in reversed([*enumerate(lanes)])}
+    if not live.calls[0].drew and not _differ(live.calls[0], places, first):
+        return places, 0
+    rows = torch.tensor(sorted(first.values()), device=places.device)
+    once = places.index_select(1 if time_first(places) else 0, rows)
+    return once, often.pop() - 1
+
+
+def _differ(call: LiveCall, places: Tensor, first: Mapping[int, int]) -> bool:
+    """Tell whether something else is predicted of a row than of the first of the same sequence."""
+    prediction, dim = call.call.prediction, 1 if time_first(places) else 0
+    if prediction is not None and prediction.shape[:1] == (places.shape[:2].numel(),):
+        prediction = prediction.reshape(*places.shape[:2], *prediction.shape[1:])
+    if prediction is None or prediction.dim() <= dim or prediction.shape[dim] != places.shape[dim]:
+        return False
+    rows = prediction.movedim(dim, 0)
+    lanes = lanes_of(places)
+    return any(not same(rows[row], rows[first[lane]]) for row, lane in enumerate(lanes))
 
 
 def _runs(calls: list[LiveCall]) -> tuple[Span, ...]:

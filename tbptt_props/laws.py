@@ -45,6 +45,7 @@ from tbptt_props.trace import (
     CHAINED,
     HOOKED,
     REWORKED,
+    RUN_AGAIN,
     Chunk,
     Ending,
     Rerun,
@@ -294,6 +295,8 @@ def resumed(
     left = replace(marks.boundary, one_each=watch.closing.one_each)
     heard = _Heard()
     rerun = _rerun(fresh, batches, left, first, where, heard)
+    if not _alike(rerun) and any(chunk.copies for chunk in watch.closed):
+        return Rerun(where, missing=RUN_AGAIN)
     if not _alike(rerun) and any(chunk.followed for chunk in watch.closed):
         return Rerun(where, missing=_OWN_INPUTS)  # drawn by the loop, or made of a whole sequence
     if not _alike(rerun) and watch.subject.loss is None and heard.is_another_loss(marks):

@@ -32,11 +32,12 @@ from tbptt_props.compare import (
 from tbptt_props.flags import AFRESH, ONWARD, whatever_flags_say
 from tbptt_props.lines import shown
 from tbptt_props.precision import SKIPPED, overflowed
-from tbptt_props.state import leaves
+from tbptt_props.state import leaves, numbers
 from tbptt_props.trace import (
     CHAINED,
     HOOKED,
     REWORKED,
+    RUN_AGAIN,
     Chunk,
     Difference,
     Finding,
@@ -206,16 +207,12 @@ def state_crosses_every_boundary(link: Link) -> Iterator[Finding]:
             yield Violation(where, found_so, f"the one {_beside(link.chunk, before)} ended in")
     elif not found:
         yield Violation(where, "none", f"the one {_beside(link.chunk, before)} ended in")
-    elif not any(_went_on(found, alternative, before) for alternative in due):
+    elif any(_went_on(found, alternative, before) for alternative in due):
+        yield from _used_alike(link, found)
+    elif before.copies and any(leaf.any() for leaf in found.values()):
+        yield NotJudged(RUN_AGAIN)  # it may be made of those that all runs ended in
+    else:
         yield from _state_differences(link.chunk, found, due[-1])
-    elif any(not same_leaves(leaves(state), found) for state in given.repeats):
-        where = f"{where} of a repeated evaluation"
-        yield Violation(
-            where, "not the one of the first", "the same, however often it is evaluated"
-        )
-    elif link.expected.state_matters is False:
-        due_use = "what predictions and the next state depend on"
-        yield Violation(where, "handed over without any effect", due_use)
 
 
 def state_starts_afresh_with_each_batch(link: Link) -> Iterator[Finding]:
@@ -592,6 +589,25 @@ def _beside(chunk: Chunk, other: Chunk) -> str:
     """Name `other` where `chunk` was named before: by its batch as well if that is another one."""
     batch = "" if other.batch == chunk.batch else f"batch {other.batch}, "
     return f"{batch}time steps {spanned(other.span)}"
+
+
+def _used_alike(link: Link, found: Tensors) -> Iterator[Finding]:
+    """Yield where a state that is the one due is not that of a repeated evaluation, or no use."""
+    given = link.chunk.given
+    where = f"{link.chunk}, incoming state"
+    if given and any(not same_leaves(leaves(state), found) for state in given.repeats):
+        where = f"{where} of a repeated evaluation"
+        yield Violation(
+            where, "not the one of the first", "the same, however often it is evaluated"
+        )
+    elif given and link.expected.numbers_matter:
+        ones, others = numbers(given.state), numbers(given.left)
+        path = next(path for path in ones if ones[path] != others.get(path, ones[path]))
+        where = f"{link.chunk}, incoming {path}"
+        yield Violation(where, f"{ones[path]:g}", f"{others[path]:g}")
+    elif link.expected.state_matters is False:
+        due_use = "what predictions and the next state depend on"
+        yield Violation(where, "handed over without any effect", due_use)
 
 
 def _state_differences(chunk: Chunk, found: Tensors, due: Tensors) -> Iterator[Finding]:

@@ -32,6 +32,7 @@ from tbptt_props.subject import ObservationError, Subject
 from tbptt_props.surrogate import takes_anothers_gradient
 from tbptt_props.trace import (
     REWORKED,
+    RUN_AGAIN,
     Call,
     Chunk,
     Difference,
@@ -66,6 +67,8 @@ def rederive(
     given, outcome = chunk.given, chunk.outcome
     if given is None or outcome is None:
         return Expected(missing="the chunk's tensors were dropped")
+    if chunk.copies:
+        return Expected(missing=RUN_AGAIN)
     device = torch.device(subject.device).type
     try:
         with _kept_randomness(), as_written(), autocasting(given.autocast, device):
@@ -118,6 +121,8 @@ def _rederived(
         gradients=_shared(_of_the_loss_seen(subject, given, again, outcome), outcome.gradients),
         state=value_of(again.state),
         state_matters=_state_matters(subject, given, again),
+        numbers_matter=given.left is not None
+        and _is_otherwise_from(subject, given, again, given.left),
         draws=again.draws,
         in_two=None if within_batch else _in_two(subject, chunk, given, again),
         mixed=_mixed(subject, chunk, given) if mixing else None,
@@ -555,8 +560,14 @@ def _state_matters(subject: Subject, given: Given, again: _Again) -> bool | None
         return None
     if again.connected:  # it has a path, be it through units that are dead here
         return True
+    return _is_otherwise_from(subject, given, again, map_tensors(_nudged, first.state))
+
+
+@torch.no_grad()
+def _is_otherwise_from(subject: Subject, given: Given, again: _Again, state: Any) -> bool:
+    """Tell whether from this state something else comes out than did."""
     _load_values(subject.module, given)
-    changed, after = _forward(subject, given, map_tensors(_nudged, first.state))
+    changed, after = _forward(subject, given, value_of(state))
     if not all(map(same, changed, (p.detach() for p in again.predictions))):
         return True
     return not all(map(same, leaves(after).values(), leaves(again.state).values()))

@@ -24,6 +24,13 @@ def leaves(tree: Any, path: str = "state") -> dict[str, Tensor]:
     return found
 
 
+def numbers(tree: Any) -> dict[str, float]:
+    """Return the plain numbers in `tree` by path, as a count of time steps is one."""
+    found: dict[str, float] = {}
+    _collect(tree, "state", found, frozenset(), {}, kind=(int, float))
+    return found
+
+
 def map_tensors(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """Return a copy of `tree` with `change` applied to every tensor; `tree` stays as it is."""
     return _mapped(change, tree, {})
@@ -173,19 +180,24 @@ def _is_no_state(tree: Any) -> bool:
 
 
 def _collect(
-    tree: Any, path: str, found: dict[str, Tensor], above: frozenset[int], barren: dict[int, Any]
+    tree: Any,
+    path: str,
+    found: dict[str, Any],
+    above: frozenset[int],
+    barren: dict[int, Any],
+    kind: type | tuple[type, ...] = Tensor,
 ) -> None:
-    """Collect the tensors in `tree`, without what is `above` it or was seen to be `barren`."""
-    if isinstance(tree, Tensor):
+    """Collect all of a kind in `tree`, without what is `above` it or was seen to be `barren`."""
+    if isinstance(tree, kind) and not isinstance(tree, bool):
         found[path] = tree
         return
-    if tree is None or isinstance(tree, (bool, int, float, str)):
+    if tree is None or isinstance(tree, (bool, int, float, str, Tensor)):
         return
     if id(tree) in above or id(tree) in barren or isinstance(tree, (type, torch.nn.Module)):
         return  # inside itself, known, or nobody's state
     known = len(found)
     for where, item in _children(tree, path):
-        _collect(item, where, found, above | {id(tree)}, barren)
+        _collect(item, where, found, above | {id(tree)}, barren, kind)
     if len(found) == known:  # objects that know each other are come to on very many ways
         barren[id(tree)] = tree
 

@@ -20,6 +20,7 @@ from tbptt_props.state import side_by_side
 Tensors = Mapping[str, Tensor]
 HOOKED = "gradients that go through no hooks but those of a module just made"
 REWORKED = "a state that goes from call to call of forward as it is"  # missing, if it doesn't
+RUN_AGAIN = "chunks that forward runs once, not by other random numbers once more"
 CHAINED = "gradients that go from call to call of forward by backward alone"
 Place = tuple[int, int]  # (sequence, time step) within a batch
 Flags = frozenset[tuple[bool, ...]]  # all those of a sequence, for each sequence of a batch
@@ -139,6 +140,7 @@ class Given:
     hooked: frozenset[str] = frozenset()  # parameters whose gradients go through hooks
     repeats: tuple[Any, ...] = ()  # states from which a closure's later evaluations started
     turns: tuple[int, ...] = ()  # how many sequences each call ran, where they take turns
+    left: Any = None  # the state the chunk before ended in, if this is it with its numbers set back
 
     @property
     def state(self) -> Any:
@@ -225,6 +227,7 @@ class Chunk:
     index: int = 0  # which of its batch's chunks it is
     flags: Flags = frozenset()  # of its batch's sequences, where flags say which go on
     context: int = 0  # time steps among its inputs that belong to chunks before
+    copies: int = 0  # how often its inputs were run once more, by other random numbers
     padded: bool = False  # with rows from outside the batch, on which its loss does not depend
     adds_up: bool = False  # its gradients are promised to stay for the next chunk's update
     lines: Mapping[Kind, Line] = field(default_factory=dict)  # the user's, on which events came
@@ -292,6 +295,7 @@ class Expected:
     rule_missing: str = ""  # why the update could not be repeated
     reordered: bool = False  # it explains the loss that the targets stand in another order
     state_matters: bool | None = None  # the incoming state has an effect; None: there is none
+    numbers_matter: bool = False  # with those of the state left, something else comes out
     draws: bool = False  # forward draws random numbers
     hooked: frozenset[str] = frozenset()  # parameters on which hooks were hung while training
     partial: bool = False  # no loss is known: gradients only of what the forward calls use

@@ -300,6 +300,7 @@ def look(span: tuple[int, int] = (0, 2), **facts: object) -> Look:
         parts=2,
         carried=frozenset(),
         effect=None,
+        set_back=False,
         loss=1.0,
         due=1.0,
         ratio=1.0,

@@ -1567,6 +1567,92 @@ class FeedsItselfAndDetachesAll(FeedsItselfDetached):
         return h.detach()
 
 
+class CountsTimeSteps(Loop):
+    """The state is a pair of a tensor and a plain number: how many time steps there were."""
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.position = nn.Parameter(torch.randn(100, case.inputs))
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        h, done = state or (None, 0)
+        after = done + x.shape[1]
+        prediction, h = super().forward(x + self.position[done:after], h)
+        return prediction, (h, after)
+
+    def cut(self, state: Any) -> Any:
+        return state[0].detach(), state[1]
+
+
+class LoopCounts(CountsTimeSteps):
+    """The number is the loop's to change: forward hands it back as it came."""
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        prediction, (h, after) = super().forward(x, state)
+        self.done = after
+        return prediction, (h, after - x.shape[1])
+
+    def cut(self, state: Any) -> Any:
+        return state[0].detach(), self.done
+
+
+class CountsEachChunk(CountsTimeSteps):
+    """The number is set back with each chunk."""
+
+    def cut(self, state: Any) -> Any:
+        return state[0].detach(), 0
+
+
+class EvaluatesTwice(Loop):
+    """Two evaluations of each chunk drop other units; both are to be right, and alike (R-Drop)."""
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        return super().forward(F.dropout(x, 0.3), state)
+
+    def train_on(self, x: Tensor, y: Tensor, state: Any) -> Any:
+        opt: Any = self.optimizers()
+        one, other, state = self.both(x, state)
+        loss = self.loss(one, y) + self.loss(other, y) + self.loss(one, other)
+        opt.zero_grad()
+        self.manual_backward(loss)
+        opt.step()
+        return self.cut(state)
+
+    def both(self, x: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
+        (one, after), (other, _) = self(x, state), self(x, state)
+        return one, other, after
+
+
+class EvaluatesCopies(EvaluatesTwice):
+    """The two evaluations are one, of a batch in which every sequence is there twice."""
+
+    def both(self, x: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
+        twice = None if state is None else torch.cat([state, state], dim=1)
+        prediction, state = self(torch.cat([x, x]), twice)
+        return *prediction.chunk(2), state.chunk(2, dim=1)[0]
+
+
+class EvaluatesTwiceFromZeros(EvaluatesTwice):
+    """The state is set to zeros after each chunk."""
+
+    def cut(self, state: Any) -> Any:
+        return torch.zeros_like(state)
+
+
+class EvaluatesTwiceAttached(EvaluatesTwice):
+    """The state keeps its graph."""
+
+    def cut(self, state: Any) -> Any:
+        return state
+
+
+class EvaluatesTwiceForNothing(EvaluatesTwice):
+    """Both evaluations are one and the same."""
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        return Loop.forward(self, x, state)
+
+
 def shifted(ids: Tensor) -> tuple[Tensor, Tensor]:
     return ids[:, :-1], ids[:, 1:]
 
@@ -1575,6 +1661,12 @@ OF_A_LOSS = {
     "gradients_span_the_whole_chunk",
     "loss_is_the_chunks_own",
     "one_chunk_is_one_ordinary_update",
+}
+OF_A_CHUNK_RUN_ONCE = OF_A_LOSS | {
+    "gradients_are_the_chunks_own",
+    "no_sequence_looks_at_another",
+    "state_sums_up_the_chunk",
+    "the_update_follows_the_optimizers_rule",
 }
 
 IN_PLAIN: dict[str, Any] = {
@@ -1753,10 +1845,24 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
         told(PredictsItsFeatures, loss=self_supervised),
         {"gradients_span_the_whole_chunk", "state_sums_up_the_chunk"},
     ),
+    "counts_time_steps": (told(CountsTimeSteps), set()),
+    "loop_counts": (told(LoopCounts), {"state_sums_up_the_chunk"}),
+    "evaluates_twice": (told(EvaluatesTwice, loss=None), OF_A_CHUNK_RUN_ONCE),
+    "evaluates_copies": (
+        told(EvaluatesCopies, loss=None),
+        OF_A_CHUNK_RUN_ONCE,
+    ),
 }
 
 # Each with the property that says it best; others may be broken by the same mistake.
 WRONG: dict[str, tuple[Build, str]] = {
+    "counts_each_chunk": (told(CountsEachChunk), "state_crosses_every_boundary"),
+    "twice_from_zeros": (
+        told(EvaluatesTwiceFromZeros, loss=None),
+        "state_crosses_every_boundary",
+    ),
+    "twice_attached": (told(EvaluatesTwiceAttached, loss=None), "graph_crosses_no_boundary"),
+    "twice_for_nothing": (told(EvaluatesTwiceForNothing, loss=None), "chunks_tile_the_sequence"),
     "cell_resets": (told(CellResets), "state_crosses_every_boundary"),
     "cell_keeps_its_memory": (told(CellKeepsItsMemory), "graph_crosses_no_boundary"),
     "cuts_nowhere": (
