@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from tbptt_props.again import put_buffer
 from tbptt_props.batch import Batch
 from tbptt_props.case import Case
 from tbptt_props.compare import (
@@ -38,7 +39,8 @@ from tbptt_props.layout import joined
 from tbptt_props.places import span_of
 from tbptt_props.precision import SKIPPED, overflowed, rounding
 from tbptt_props.process import Watchdog, randomness, set_randomness
-from tbptt_props.rederivation import apply_rule, put_buffer, rederive, wraps_another
+from tbptt_props.rederivation import rederive
+from tbptt_props.rules import apply_rule, wraps_another
 from tbptt_props.state import leaves, map_tensors, same_layout, value_of
 from tbptt_props.subject import Subject
 from tbptt_props.trace import (

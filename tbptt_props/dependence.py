@@ -1,0 +1,225 @@
+"""What comes of a chunk on other inputs, or from another state: what depends on what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tbptt_props.again import (
+    Again,
+    fixed,
+    forward_again,
+    in_heads,
+    load_values,
+    nudged,
+    put_buffers,
+    repeat_call,
+)
+from tbptt_props.compare import close, difference, same, worst
+from tbptt_props.device import drawn
+from tbptt_props.forward import Forward
+from tbptt_props.process import has_drawn
+from tbptt_props.state import leaves, map_tensors, value_of
+from tbptt_props.subject import Subject
+from tbptt_props.trace import Chunk, Difference, Given, Mixing, Tensors, time_dimension
+
+OTHERS = 8  # inputs on which to look for what depends on a time step
+
+
+@torch.no_grad()
+def in_two(
+    subject: Subject, chunk: Chunk, given: Given, again: Again
+) -> tuple[Difference, ...] | None:
+    """Run the chunk in two parts; return what differs, or None where it need not be the same."""
+    first, time = given.calls[0], time_dimension(chunk)
+    positional, named = first.others
+    if again.draws or time is None or not leaves(again.state) or positional or named:
+        return None
+    steps, whole = first.x.shape[time], again.predictions[0].detach()
+    if steps < 2 or whole.dim() <= time or whole.shape[time] != steps:
+        return None
+    load_values(subject.module, given)
+    forward = Forward(subject)
+    part = 1 if steps < 3 else 2  # two time steps, for a forward that treats a single one apart
+    early, late = torch.split(first.x, [part, steps - part], dim=time)
+    before, midway = repeat_call(forward, replace(first, x=early), value_of(first.state))
+    # A forward that looks ahead within the chunk, or takes its statistics as batch norm does, and
+    # a state that grows with the time steps, legitimately depend on how the chunk is cut.
+    shapes = [[leaf.shape for leaf in leaves(tree).values()] for tree in (again.state, midway)]
+    if shapes[0] != shapes[1] or not close(before, whole.narrow(time, 0, part)):
+        return None
+    rest = replace(first, x=late, handed=True)
+    _, carried = repeat_call(forward, rest, value_of(midway))
+    if has_drawn(given.randomness):
+        return None  # noise on a state that comes in, say
+    wrong = tuple(worst(leaves(carried), leaves(again.state)))
+    if wrong:  # a forward may make weights anew in buffers with every call, as spectral norm does
+        put_buffers(subject.module, given, but=forward.kept)
+        _, carried = repeat_call(forward, rest, midway)
+    wrong = tuple(worst(leaves(carried), leaves(again.state)))
+    # A memory that is written once a chunk, and features that are padded where it begins, depend on
+    # the cut as well: of a state that is not the last, some part knows nothing of the last step.
+    stale = _ignoring_the_last_step(subject, given, time) if wrong else frozenset()
+    return wrong if stale.intersection(d.name for d in wrong) or not wrong else None
+
+
+def _ignoring_the_last_step(subject: Subject, given: Given, time: int) -> frozenset[str]:
+    """Name the leaves of a state that inputs move, but never those of the last time step.
+
+    None do where the predictions ignore that step as well, as where frames are skipped.
+    """
+    first, last = given.calls[0], given.calls[0].x.shape[time] - 1
+    moving: set[str] = set()  # by the last time step
+    before: Tensors | None = None
+    moved: set[str] = set()
+    noticed = False
+    for x in _others_like(first.x, time):
+        prediction, due = _ran(subject, given, x)
+        moved |= _differing(due, before or due)
+        before = due
+        for step in _others_for(x, time, last):
+            other = x.clone()
+            other.select(time, last).copy_(step)
+            predicted, after = _ran(subject, given, other)
+            moving |= _differing(after, due)
+            noticed = noticed or not same(predicted, prediction)
+    return frozenset(moved - moving) if noticed else frozenset()
+
+
+def _others_like(x: Tensor, time: int) -> Iterator[Tensor]:
+    """Yield a chunk's inputs, and some others: a maximum over time may be taken anywhere."""
+    yield x
+    generator = fixed()
+    for by in range(1, OTHERS):
+        if x.is_floating_point():
+            yield torch.randn(x.shape, generator=generator).to(x)
+        else:
+            yield x.roll(by, time).flip(1 - time)
+
+
+def _ran(subject: Subject, given: Given, x: Tensor) -> tuple[Tensor, Tensors]:
+    """Run a chunk's first call on other inputs; return its prediction, and the state's leaves."""
+    first = given.calls[0]
+    load_values(subject.module, given)
+    prediction, state = repeat_call(Forward(subject), replace(first, x=x), value_of(first.state))
+    return prediction, leaves(state)
+
+
+def _differing(found: Tensors, due: Tensors) -> set[str]:
+    return {path for path in found.keys() & due.keys() if not same(found[path], due[path])}
+
+
+@torch.no_grad()
+def mixed(subject: Subject, chunk: Chunk, given: Given) -> tuple[Mixing, ...] | None:
+    """Feed one sequence something else; return what that does to others, or None where it may.
+
+    Statistics over a batch, as batch norm takes them, have each sequence depend on each. One that
+    depends on those before it, or behind it, alone is taken for a time step.
+    """
+    dim = _sequence_dimension(chunk, given)
+    count = 0 if dim is None else given.calls[0].x.shape[dim]
+    # Rows that are not of one sequence each are a mistake in how chunks are cut.
+    if dim is None or count < 2 or len({*chunk.lanes}) != count:
+        return None
+    try:
+        plain = _with_row(subject, given, dim)
+        moves = {row: _moves(subject, given, dim, row, plain) for row in (0, count - 1)}
+    except Exception:  # whatever a stranger's forward raises on inputs that are not its own
+        return None
+    if any(found is None for found in moves.values()) or all(moves.values()):
+        return None
+    return tuple(
+        Mixing(chunk.lanes[row], chunk.lanes[by], moved)
+        for by, found in moves.items()
+        for row, moved in found or ()
+    )
+
+
+def _sequence_dimension(chunk: Chunk, given: Given) -> int | None:
+    """Return along which dimension of a call's inputs its sequences lie; None where unclear."""
+    time, x = time_dimension(chunk), given.calls[0].x
+    if given.turns:
+        return None
+    if time is not None:
+        return 1 - time
+    if not isinstance(x, Tensor):
+        return None
+    found = [dim for dim, size in enumerate(x.shape[:2]) if size == len(chunk.lanes)]
+    return found[0] if len(found) == 1 else None
+
+
+def _with_row(
+    subject: Subject, given: Given, dim: int, row: int = 0, otherwise: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run a chunk's first call; return what it predicts of each, and the random numbers it left."""
+    first = given.calls[0]
+    x = first.x.clone()
+    if otherwise is not None:
+        x.select(dim, row).copy_(otherwise)
+    load_values(subject.module, given)
+    heads, _ = in_heads(Forward(subject), replace(first, x=x), value_of(first.state))
+    return heads.of_each, drawn()
+
+
+def _moves(
+    subject: Subject, given: Given, dim: int, row: int, plain: tuple[Tensor, Tensor]
+) -> list[tuple[int, Difference]] | None:
+    """Return the first other sequence that one moves, if any; None where they can't be told."""
+    before = _by_sequence(plain[0], given.calls[0].x, dim)
+    for other in _others_for(given.calls[0].x, dim, row):
+        prediction, left = _with_row(subject, given, dim, row, other)
+        after = _by_sequence(prediction, given.calls[0].x, dim)
+        if before is None or after is None or before.shape != after.shape:
+            return None
+        if not torch.equal(left, plain[1]):  # how much is drawn depends on the inputs
+            return None
+        for i, (one, due) in enumerate(zip(after, before, strict=True)):
+            if i != row and not close(one, due):
+                return [(i, difference("prediction", one, due))]
+    return []
+
+
+def _others_for(x: Tensor, dim: int, row: int) -> Iterator[Tensor]:
+    """Yield two other inputs for a sequence; what are no real numbers may be ids: other rows'."""
+    own = x.select(dim, row)
+    for by in (1, 2):
+        if x.is_floating_point():  # further out than any, for a maximum over the batch to move
+            yield own + (-1) ** by * (1 + 2 * x.abs().max())
+        else:
+            yield x.select(dim, (row + by) % x.shape[dim])
+
+
+def _by_sequence(prediction: Tensor, x: Tensor, dim: int) -> Tensor | None:
+    """Lay a prediction out with its sequences first; None where it is unclear how they lie."""
+    leading = x.shape[:2]
+    flat = prediction.dim() > 0 and len(leading) == 2 and len(prediction) == leading.numel()
+    if flat and prediction.shape[:2] != leading:
+        prediction = prediction.reshape(*leading, *prediction.shape[1:])
+    dims = (dim, 0)
+    found = [d for d in dims if d < prediction.dim() and prediction.shape[d] == x.shape[dim]]
+    return prediction.movedim(found[0], 0) if found else None
+
+
+@torch.no_grad()
+def state_matters(subject: Subject, given: Given, again: Again) -> bool | None:
+    """Tell whether what a chunk does depends on the state it starts from."""
+    first = given.calls[0]
+    if not any(leaf.is_floating_point() for leaf in leaves(first.state).values()):
+        return None
+    if again.connected:  # it has a path, be it through units that are dead here
+        return True
+    return is_otherwise_from(subject, given, again, map_tensors(nudged, first.state))
+
+
+@torch.no_grad()
+def is_otherwise_from(subject: Subject, given: Given, again: Again, state: Any) -> bool:
+    """Tell whether from this state something else comes out than did."""
+    load_values(subject.module, given)
+    changed, after = forward_again(subject, given, value_of(state))
+    if not all(map(same, changed, (p.detach() for p in again.predictions))):
+        return True
+    return not all(map(same, leaves(after).values(), leaves(again.state).values()))
