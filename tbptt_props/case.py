@@ -21,8 +21,8 @@ class Case:
     but `steps` and `chunk`.
 
     An odd seed makes each batch one sequence smaller than the one before it, and a seed whose bit 1
-    is set (2, 3, 6, 7, ...) makes each batch one time step shorter, down to one; seed 0 makes all
-    batches alike.
+    is set (2, 3, 6, 7, ...) makes each batch one time step shorter, down to one; if bit 2 is set
+    besides (6, 7, 14, ...), the shortest batch comes first. Seed 0 makes all batches alike.
 
     Raises:
         ValueError: a size is below 1, the seed is below 0, or either is not an integer.
@@ -53,11 +53,10 @@ class Case:
 
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """Return (B, T) of each batch, in the order they are trained on."""
-        fewer, shorter = self.seed & 1, self.seed >> 1 & 1
-        return tuple(
-            (max(1, self.batch - fewer * i), max(1, self.steps - shorter * i))
-            for i in range(self.batches)
-        )
+        fewer, shorter, longer = (self.seed >> bit & 1 for bit in range(3))
+        sequences = [max(1, self.batch - fewer * i) for i in range(self.batches)]
+        steps = [max(1, self.steps - shorter * i) for i in range(self.batches)]
+        return tuple(zip(sequences, steps[::-1] if longer else steps, strict=True))
 
     def tensors(self) -> list[tuple[Tensor, Tensor]]:
         """Grow the batches: float64 inputs (B, T, I) and targets (B, T, O), no number twice.

@@ -404,6 +404,14 @@ def chunks_run_backwards(seen: Evidence) -> bool:
     return _cut_as(seen, lambda cut: cut.due[::-1])
 
 
+def time_steps_change_places(seen: Evidence) -> bool:
+    """The time steps of a chunk are fed in another order than they have.
+
+    Try: feed forward a chunk as it was cut; a shuffle is for sequences, not for their time steps
+    """
+    return any(chunk.shuffled is not None and chunk.lanes for chunk in seen.trace.chunks)
+
+
 def first_chunk_is_repeated(seen: Evidence) -> bool:
     """The loop never moves on: it trains on the first chunk over and over.
 
@@ -1207,6 +1215,7 @@ FINGERPRINTS: tuple[Group, ...] = (
             a_time_step_between_chunks_is_skipped,
             cut_along_the_batch,
             chunks_run_backwards,
+            time_steps_change_places,
             first_chunk_is_repeated,
             every_chunk_is_repeated,
         ),

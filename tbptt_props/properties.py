@@ -487,6 +487,12 @@ def _tiles(
         chunks, due = chunks[:-1], due[:-1]  # other sequences' turn may have been still to come
     fed = [(max(0, start - trace.context), stop) for start, stop in due]
     yield from _accounted("inputs", chunks, fed, sequences, padding, lambda c: c.inputs)
+    for chunk in chunks:
+        if chunk.shuffled is not None:
+            steps = [step for sequence, step in chunk.inputs if sequence == chunk.shuffled]
+            where = f"{chunk}, inputs of sequence {chunk.shuffled}"
+            found_so = f"time steps {' '.join(map(str, steps))}"
+            yield Violation(where, found_so, "in the order of time")
     if all(chunk.targets is not None for chunk in chunks):
         yield from _accounted("targets", chunks, due, sequences, padding, lambda c: c.targets or ())
 

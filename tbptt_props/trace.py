@@ -257,6 +257,16 @@ class Chunk:
         ends = [end for piece in self.pieces for end in piece]
         return self.span == (ends[0], ends[-1]) and ends[1:-1:2] == ends[2::2]
 
+    @property
+    def shuffled(self) -> int | None:
+        """A sequence whose time steps are fed in another order than they have, if there is one."""
+        latest: dict[int, int] = {}
+        for sequence, step in self.inputs if len({*self.inputs}) == len(self.inputs) else ():
+            if latest.setdefault(sequence, step) > step >= 0:
+                return sequence
+            latest[sequence] = step
+        return None
+
     def light(self) -> Chunk:
         """Return the chunk with no more than the next one is held against: its states."""
         if self.outcome is None:

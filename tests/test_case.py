@@ -118,12 +118,16 @@ def test_a_name_that_no_size_has_is_refused_and_the_names_are_listed() -> None:
         (1, ((3, 4), (2, 4), (1, 4), (1, 4), (1, 4))),
         (2, ((3, 4), (3, 3), (3, 2), (3, 1), (3, 1))),
         (3, ((3, 4), (2, 3), (1, 2), (1, 1), (1, 1))),
+        (4, ((3, 4), (3, 4), (3, 4), (3, 4), (3, 4))),
+        (5, ((3, 4), (2, 4), (1, 4), (1, 4), (1, 4))),
+        (6, ((3, 1), (3, 1), (3, 2), (3, 3), (3, 4))),
+        (7, ((3, 1), (2, 1), (1, 2), (1, 3), (1, 4))),
     ],
 )
-def test_the_seed_says_whether_batches_grow_smaller_and_shorter(
+def test_the_seed_says_whether_batches_grow_smaller_and_shorter_or_longer(
     seed: int, sizes: tuple[tuple[int, int], ...]
 ) -> None:
-    for further in (0, 4, 4 * 1023):
+    for further in (0, 8, 8 * 1023):
         case = Case(batch=3, steps=4, batches=5, seed=seed + further)
 
         assert case.sizes() == sizes
@@ -133,7 +137,8 @@ def test_the_seed_says_whether_batches_grow_smaller_and_shorter(
 def test_tensors_are_inputs_and_targets_of_the_sizes_of_each_batch(case: Case) -> None:
     batches = case.tensors()
 
-    assert case.sizes()[0] == (case.batch, case.steps)
+    assert max(b for b, _ in case.sizes()) == case.batch
+    assert max(t for _, t in case.sizes()) == case.steps
     assert len(batches) == len(case.sizes()) == case.batches
     for (x, y), (b, t) in zip(batches, case.sizes(), strict=True):
         assert x.shape == (b, t, case.inputs)

@@ -10,12 +10,13 @@ import tbptt_props as tb
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use_reentrant")
 
-# Between them: tails and none, one chunk and many, one batch and several.
+# Between them: tails and none, one chunk and many, one batch and several, shorter and longer ones.
 CASES = (
     tb.Case(batch=3, steps=7, chunk=3, inputs=2, hidden=3, outputs=2, batches=2, seed=3),
     tb.Case(batch=2, steps=5, chunk=2, inputs=2, hidden=4, outputs=3, seed=4),
     tb.Case(batch=2, steps=6, chunk=2, inputs=3, hidden=2, outputs=2, batches=2, seed=8),
     tb.Case(batch=2, steps=4, chunk=4, inputs=2, hidden=3, outputs=2, seed=12),
+    tb.Case(batch=2, steps=5, chunk=4, inputs=2, hidden=2, outputs=3, batches=3, seed=6),
     tb.Case(steps=2, chunk=1),
 )
 ALL = {judged.__name__ for judged in tb.PROPERTIES}
@@ -45,3 +46,17 @@ def test_a_wrong_loop_breaks_the_right_property(name: str) -> None:
     build, due = WRONG[name]
 
     assert any(tb.check(seeded(build)(case), case)[due].violations for case in CASES)
+
+
+# What long searches found, mended since.
+ONCE_ACCUSED = (
+    # Its features only ever fall: the largest one is the first, whatever comes last.
+    ("largest_of_the_chunk", tb.Case(steps=2, chunk=2, seed=266)),
+)
+
+
+@pytest.mark.parametrize(("name", "case"), ONCE_ACCUSED)
+def test_a_right_loop_that_was_accused_once_breaks_nothing(name: str, case: tb.Case) -> None:
+    build, _ = RIGHT[name]
+
+    assert tb.verify(seeded(build), max_examples=1, seed=0, first=[case]).broken == ()

@@ -362,6 +362,11 @@ class Slides(Spans):
         yield from ((t, t + self.k) for t in range(max(1, steps - self.k + 1)))
 
 
+class TurnsChunksRound(Loop):
+    def train_on(self, x: Tensor, y: Tensor, state: Any) -> Any:
+        return super().train_on(x.flip(1), y.flip(1), state)
+
+
 class SkipsEveryOther(Spans):
     def spans(self, steps: int) -> Iterator[tuple[int, int]]:
         yield from ((t, min(t + self.k, steps)) for t in range(0, steps, 2 * self.k))
@@ -739,6 +744,12 @@ WRONG: dict[str, tuple[Build, str, str, set[str]]] = {
         set(),
     ),
     "slides": (told(Slides), TILE, "windows_slide", set()),
+    "turns_chunks_round": (
+        told(TurnsChunksRound),
+        TILE,
+        "time_steps_change_places",
+        {"one_chunk_is_one_ordinary_update"},
+    ),
     "skips_every_other": (told(SkipsEveryOther), TILE, "every_other_chunk_is_skipped", set()),
     "skips_the_first": (told(SkipsTheFirst), TILE, "first_chunk_is_left_out", set()),
     "counts_on": (told(CountsOn), TILE, "cuts_go_on_from_the_batch_before", set()),

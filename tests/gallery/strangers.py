@@ -1567,6 +1567,27 @@ class FeedsItselfAndDetachesAll(FeedsItselfDetached):
         return h.detach()
 
 
+class CutsAsTheFirstBatch(Loop):
+    """Where chunks start is worked out once: the end of a longer batch is never come to."""
+
+    starts: tuple[int, ...] = ()
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        self.starts = self.starts or tuple(range(0, x.shape[1], self.k))
+        state = None
+        for t in (t for t in self.starts if t < x.shape[1]):
+            state = self.train_on(x[:, t : t + self.k], y[:, t : t + self.k], state)
+
+
+class ShortensItsChunks(Loop):
+    """A sequence shorter than a chunk makes all chunks to come as short."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.k = min(self.k, batch[0].shape[1])
+        super().training_step(batch, batch_idx)
+
+
 class CountsTimeSteps(Loop):
     """The state is a pair of a tensor and a plain number: how many time steps there were."""
 
@@ -1856,6 +1877,8 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
 
 # Each with the property that says it best; others may be broken by the same mistake.
 WRONG: dict[str, tuple[Build, str]] = {
+    "cuts_as_the_first_batch": (told(CutsAsTheFirstBatch), "chunks_tile_the_sequence"),
+    "shortens_its_chunks": (told(ShortensItsChunks), "chunks_tile_the_sequence"),
     "counts_each_chunk": (told(CountsEachChunk), "state_crosses_every_boundary"),
     "twice_from_zeros": (
         told(EvaluatesTwiceFromZeros, loss=None),
