@@ -86,7 +86,7 @@ def forward_runs_under_no_grad(seen: Evidence) -> bool:
 
 
 def state_is_dropped(seen: Evidence) -> bool:
-    """No state is handed to forward: every chunk starts as if it were the first.
+    """No state is handed to forward: a chunk starts as if it were the first.
 
     Try: prediction, state = self(x, state)
     """
@@ -236,7 +236,9 @@ def tail_is_dropped(seen: Evidence) -> bool:
 
     Try: for x, y in zip(x.split(k, dim=1), y.split(k, dim=1))
     """
-    return _cut_as(seen, lambda cut: [s for s in cut.due if _length(s) == cut.chunk])
+    return _cut_as(seen, lambda cut: [s for s in cut.due if _length(s) == cut.chunk]) or _cut_as(
+        seen, lambda cut: cut.due[: max(1, cut.steps // cut.chunk)]
+    )
 
 
 def last_chunk_is_dropped(seen: Evidence) -> bool:
@@ -318,11 +320,8 @@ def windows_slide(seen: Evidence) -> bool:
 
     Try: for t in range(0, x.shape[1], k); x.unfold(1, k, k), not x.unfold(1, k, 1)
     """
-    return _cut_as(
-        seen,
-        lambda cut: [
-            (t, min(t + cut.chunk, cut.steps)) for t in range(max(1, cut.steps - cut.chunk + 1))
-        ],
+    return any(
+        _cut_as(seen, functools.partial(_windows, behind=behind)) for behind in (False, True)
     )
 
 
@@ -608,7 +607,8 @@ def update_comes_before_backward(seen: Evidence) -> bool:
 
     Try: self.manual_backward(loss) first, then optimizer.step()
     """
-    return _events_of(seen) == {("forward", "update", "backward")}
+    order = ("forward", "update", "backward")  # as far as training came
+    return all(e == order[: max(2, len(e))] for e in _events_of(seen)) and bool(seen.looks)
 
 
 def update_waits_for_the_next_chunk(seen: Evidence) -> bool:
@@ -979,6 +979,12 @@ def _cuts(seen: Evidence) -> Iterator[Cut]:
 
 def _length(span: Span | None) -> int:
     return span[1] - span[0] if span else 0
+
+
+def _windows(cut: Cut, *, behind: bool) -> list[Span]:
+    """Return the spans that start at every time step, those behind the last full one as well."""
+    starts = range(cut.steps if behind else max(1, cut.steps - cut.chunk + 1))
+    return [(t, min(t + cut.chunk, cut.steps)) for t in starts]
 
 
 def _one_short(cut: Cut, behind: int) -> list[Span]:

@@ -1,7 +1,7 @@
 """A mistake breaks the property that names it, for the cause that it is, and no others besides."""
 
 import pytest
-from gallery.mistakes import RIGHT, WRONG
+from gallery.mistakes import RIGHT, TILE, WRONG, CountsFullChunks, told
 
 import tbptt_props as tb
 from tbptt_props.causes import WHOLE
@@ -33,3 +33,11 @@ def test_a_mistake_breaks_what_names_it_and_nothing_else(name: str) -> None:
     if len(named.causes) > 1:
         named = bench.shrunk(named, {}, 0, TRIED)
     assert [found.name for found in named.causes] == [cause]
+
+
+def test_a_tail_is_dropped_also_where_one_that_stands_alone_is_kept() -> None:
+    case = tb.Case(steps=8, chunk=3, batches=7, seed=2)  # down to sequences shorter than a chunk
+
+    found = tb.check(told(CountsFullChunks)(case), case)[TILE]
+
+    assert [cause.name for cause in found.causes] == ["tail_is_dropped"]

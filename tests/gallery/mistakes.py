@@ -362,6 +362,17 @@ class Slides(Spans):
         yield from ((t, t + self.k) for t in range(max(1, steps - self.k + 1)))
 
 
+class SlidesToTheEnd(Spans):
+    def spans(self, steps: int) -> Iterator[tuple[int, int]]:
+        yield from ((t, min(t + self.k, steps)) for t in range(steps))
+
+
+class CountsFullChunks(Spans):
+    def spans(self, steps: int) -> Iterator[tuple[int, int]]:
+        for i in range(max(1, steps // self.k)):
+            yield i * self.k, min((i + 1) * self.k, steps)
+
+
 class TurnsChunksRound(Loop):
     def train_on(self, x: Tensor, y: Tensor, state: Any) -> Any:
         return super().train_on(x.flip(1), y.flip(1), state)
@@ -744,6 +755,7 @@ WRONG: dict[str, tuple[Build, str, str, set[str]]] = {
         set(),
     ),
     "slides": (told(Slides), TILE, "windows_slide", set()),
+    "slides_to_the_end": (told(SlidesToTheEnd), TILE, "windows_slide", set()),
     "turns_chunks_round": (
         told(TurnsChunksRound),
         TILE,
