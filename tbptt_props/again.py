@@ -37,6 +37,7 @@ class Again:
     cotangents: list[Tensor | None]  # by way of other predictions, too
     direct: list[Tensor | None]  # but for those ways
     gradients: Tensors  # of that loss
+    written: frozenset[int]  # the ids of parameters that forward itself writes into
 
 
 def loss_of(subject: Subject, given: Given) -> Callable[[Any, Any], Tensor]:
@@ -48,7 +49,9 @@ def loss_of(subject: Subject, given: Given) -> Callable[[Any, Any], Tensor]:
 def run_again(subject: Subject, given: Given, found: float, form: Form | None = None) -> Again:
     """Run a chunk's forward and loss again; what it was given has been loaded."""
     incoming = map_tensors(wanting_gradient, given.calls[0].state)
+    versions = [(parameter, parameter._version) for parameter in subject.module.parameters()]
     heads, state = _forward_in_heads(subject, given, incoming)
+    written = frozenset(id(p) for p, version in versions if p._version != version)
     predictions = [call.joined for call in heads]
     draws = has_drawn(given.randomness)
     nodes = nodes_behind([*predictions, *leaves(state).values()])
@@ -71,6 +74,7 @@ def run_again(subject: Subject, given: Given, found: float, form: Form | None = 
         cotangents=cotangents,
         direct=direct,
         gradients=gradients,
+        written=written,
     )
 
 

@@ -34,6 +34,7 @@ from tbptt_props.byhand import BY_HAND, Rate
 from tbptt_props.closing import Closing
 from tbptt_props.compare import close, difference, same, same_leaves
 from tbptt_props.device import drawn
+from tbptt_props.embeddings import only_renormed
 from tbptt_props.forward import Arguments, Forward
 from tbptt_props.graph import (
     any_within,
@@ -568,7 +569,9 @@ class Watch:
             if before is not None and same(parameter, before):
                 continue
             now[name] = parameter.detach().clone()
-            if before is not None and before.shape == now[name].shape and self._trained(name):
+            if before is None or before.shape != now[name].shape or not self._trained(name):
+                continue
+            if not only_renormed(self.module, parameter, before):
                 moved = difference(name, now[name], before)
                 self.moves.append((f"between {self.known_when} and {until}", moved))
         if now:

@@ -1037,6 +1037,71 @@ class SparseGradients(Loop):
         return optim.SparseAdam(list(self.embed.parameters())), optim.Adam(rest)
 
 
+class PaddedAndTied(Loop):
+    """An embedding gives its padding no gradient; its weights are the readout's, too."""
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.core = nn.GRU(case.hidden, case.hidden, batch_first=True)
+        self.embed: nn.Module = nn.Embedding(9, case.hidden, padding_idx=0)
+        self.readout = nn.Linear(case.hidden, 9)
+        self.readout.weight = self.embed.weight
+
+    def embedded(self, x: Tensor) -> Tensor:
+        found: Tensor = self.embed(x)
+        return found
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        prediction, state = super().forward(self.embedded(x), state)
+        return prediction.transpose(1, 2), state
+
+    def loss(self, prediction: Any, target: Tensor) -> Tensor:
+        return F.cross_entropy(prediction, target)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        super().training_step((batch[:, :-1], batch[:, 1:]), batch_idx)
+
+
+class PaddedAndCutShort(PaddedAndTied):
+    """Its features are detached."""
+
+    def embedded(self, x: Tensor) -> Tensor:
+        return super().embedded(x).detach()
+
+
+class PaddedByTheCall(PaddedAndTied):
+    """The padding is told in the call alone."""
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.embed = nn.Embedding(9, case.hidden)
+
+    def embedded(self, x: Tensor) -> Tensor:
+        weight: Any = self.embed.weight
+        return F.embedding(x, weight, padding_idx=0)
+
+
+class BagsHeldShort(PaddedAndTied):
+    """Forward holds a bag's rows short, and their gradients are divided by how many come."""
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.readout = nn.Linear(case.hidden, 9)
+        self.embed = nn.EmbeddingBag(9, case.hidden, max_norm=1.0, scale_grad_by_freq=True)
+
+    def embedded(self, x: Tensor) -> Tensor:
+        pairs = torch.stack([x, x.clamp(max=3)], dim=-1).flatten(0, 1)
+        return super().embedded(pairs).view(*x.shape, -1)
+
+
+class BagsShrink(BagsHeldShort):
+    """The loop shrinks them besides."""
+
+    def after_the_update(self) -> None:
+        with torch.no_grad():
+            self.embed.get_parameter("weight").mul_(0.99)
+
+
 def tokens(case: tb.Case) -> list[Any]:
     generator = torch.Generator().manual_seed(case.seed)
     return [torch.randint(9, (b, t + 1), generator=generator) for b, t in case.sizes()]
@@ -1657,6 +1722,7 @@ def shifted(ids: Tensor) -> tuple[Tensor, Tensor]:
     return ids[:, :-1], ids[:, 1:]
 
 
+OF_TOKENS: dict[str, Any] = {"loss": F.cross_entropy, "batches": tokens, "parts": shifted}
 OF_A_LOSS = {
     "gradients_span_the_whole_chunk",
     "loss_is_the_chunks_own",
@@ -1830,6 +1896,9 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
             "the_update_follows_the_optimizers_rule",
         },
     ),
+    "padded_and_tied": (told(PaddedAndTied, **OF_TOKENS), {"state_sums_up_the_chunk"}),
+    "padded_by_the_call": (told(PaddedByTheCall, **OF_TOKENS), {"state_sums_up_the_chunk"}),
+    "bags_held_short": (told(BagsHeldShort, **OF_TOKENS), {"state_sums_up_the_chunk"}),
     "sorted_by_content": (told(SortedByContent), {"state_sums_up_the_chunk"}),
     "shuffled_anew": (told(ShuffledAnew), set()),
     "features_besides": (told(FeaturesBesides, loss=regularised), set()),
@@ -1930,4 +1999,9 @@ WRONG: dict[str, tuple[Build, str]] = {
         told(StateDroppedBesidesAContext),
         "state_crosses_every_boundary",
     ),
+    "padded_and_cut_short": (
+        told(PaddedAndCutShort, **OF_TOKENS),
+        "gradients_span_the_whole_chunk",
+    ),
+    "bags_shrink": (told(BagsShrink, **OF_TOKENS), "nothing_but_the_update_moves_parameters"),
 }
