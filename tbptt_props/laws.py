@@ -46,6 +46,7 @@ from tbptt_props.subject import Subject
 from tbptt_props.trace import (
     CHAINED,
     HOOKED,
+    LOSS_DRAWS,
     REWORKED,
     RUN_AGAIN,
     Chunk,
@@ -701,7 +702,7 @@ def one_chunk(
     due = rederive(fresh(), of_whole, slope=False, mixing=False)
     if due.missing or due.loss is None:
         unknown = "targets of which it is clear how they are laid out"
-        return Rerun(where, missing=due.missing or unknown)
+        return Rerun(where, missing=due.missing or (LOSS_DRAWS if due.loss_draws else unknown))
     if due.hooked:
         return Rerun(where, missing=HOOKED)
     gradients = _up_to_rounding(chunk, due.gradients)
@@ -804,7 +805,7 @@ def _laid_out(change: Callable[[Tensor], Tensor], x: Tensor, target: Any) -> tup
 
 
 def _met_by_the_update(chunk: Chunk) -> Tensors:
-    """Return the parameters as forward left them, which may hold an embedding's rows short itself."""
+    """Return the parameters as forward left them, which itself may hold rows of some short."""
     assert chunk.given is not None
     assert chunk.outcome is not None
     rules = chunk.outcome.rules

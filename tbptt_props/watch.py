@@ -51,7 +51,7 @@ from tbptt_props.lines import calls_itself, users_line
 from tbptt_props.live import Canary, LiveCall, LiveChunk, Snapshot, joined_places, turns_of
 from tbptt_props.places import by_memory, lanes_of, locate
 from tbptt_props.precision import autocast_in_force, keeps_casts
-from tbptt_props.process import Hung, Watchdog, randomness
+from tbptt_props.process import Hung, Watchdog, drawn_to, randomness
 from tbptt_props.scaling import divided, is_told_to_skip, scale_of, scalers_watched
 from tbptt_props.standin import Original, standing_in
 from tbptt_props.state import dense, leaves, value_of
@@ -373,7 +373,9 @@ class Watch:
         returned = original(*args, **kwargs)
         self.in_forward = None
         live.closed = sequence_number()
-        live.drew = not torch.equal(drawn(), live.snapshot.randomness[0])
+        torchs, *others = live.snapshot.randomness
+        live.randomness = drawn(), *others  # forwards hardly draw from those, which are large
+        live.drew = not torch.equal(live.randomness[0], torchs)
         predicted, after = self._came_out(returned, arguments, before)
         with self._own_code():
             self.last_state = value_of(after)
@@ -616,7 +618,7 @@ class Watch:
         loss = sum(map(self._loss_of, roots, slopes))
         if self.lightning_updates is not None:
             chunk.through_lightning = through and chunk.through_lightning is not False
-        before = len(chunk.events)
+        before, drawn_at = len(chunk.events), drawn_to()
         with self._gathering() as gathered, self._catching_gradients() as caught:
             result = run()
         with self._own_code():
@@ -625,6 +627,7 @@ class Watch:
                     earlier = call.cotangent
                     call.cotangent = cotangent if earlier is None else earlier + cotangent
                 chunk.loss += loss
+                chunk.drawn_to = drawn_at
                 handed = [r for r, slope in zip(roots, slopes, strict=True) if slope is not None]
                 chunk.by_slope = chunk.by_slope or any(root.dim() > 0 for root in handed)
                 chunk.chained = chunk.chained or any(map(_is_state, handed))

@@ -60,6 +60,7 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
             "layout",
             "live",
             "places",
+            "process",
             "state",
             "subject",
             "trace",

@@ -1094,6 +1094,60 @@ class BagsHeldShort(PaddedAndTied):
         return super().embedded(pairs).view(*x.shape, -1)
 
 
+class NoiseOnTargets(Loop):
+    """The loss draws noise on its targets, as label smoothing by hand does."""
+
+    def loss(self, prediction: Any, target: Tensor) -> Tensor:
+        return on_noisy_targets(prediction, target)
+
+
+class NoiseOnTargetsTurned(NoiseOnTargets):
+    """The targets are of other time steps."""
+
+    def loss(self, prediction: Any, target: Tensor) -> Tensor:
+        return super().loss(prediction, target.flip(1))
+
+
+class NoiseOnTargetsByNumpy(Loop):
+    """It is numpy that draws it; the loop draws some more in between."""
+
+    def loss(self, prediction: Any, target: Tensor) -> Tensor:
+        np.random.random(2)
+        return on_numpys_noise(prediction, target)
+
+
+class NoiseOnTargetsByStep(Loop):
+    """Each time step has a forward and a loss of its own, which draws."""
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.core = nn.GRUCell(case.inputs, case.hidden)
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        state = self.core(F.dropout(x, 0.2), state)
+        return self.readout(state), state
+
+    def train_on(self, x: Tensor, y: Tensor, state: Any) -> Any:
+        opt: Any = self.optimizers()
+        losses = []
+        for inputs, target in zip(x.unbind(1), y.unbind(1), strict=True):
+            prediction, state = self(inputs, state)
+            losses.append(on_noisy_targets(prediction, target))
+        opt.zero_grad()
+        self.manual_backward(torch.stack(losses).mean())
+        opt.step()
+        return state.detach()
+
+
+def on_noisy_targets(prediction: Tensor, target: Tensor) -> Tensor:
+    return F.mse_loss(prediction, target + 0.1 * torch.randn_like(target))
+
+
+def on_numpys_noise(prediction: Tensor, target: Tensor) -> Tensor:
+    noise = torch.as_tensor(np.random.random(target.shape))
+    return F.mse_loss(prediction, target + 0.1 * noise.to(target))
+
+
 class BagsShrink(BagsHeldShort):
     """The loop shrinks them besides."""
 
@@ -1899,6 +1953,19 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
     "padded_and_tied": (told(PaddedAndTied, **OF_TOKENS), {"state_sums_up_the_chunk"}),
     "padded_by_the_call": (told(PaddedByTheCall, **OF_TOKENS), {"state_sums_up_the_chunk"}),
     "bags_held_short": (told(BagsHeldShort, **OF_TOKENS), {"state_sums_up_the_chunk"}),
+    "noise_on_targets": (told(NoiseOnTargets, loss=on_noisy_targets), set()),
+    "noise_on_targets_by_numpy": (
+        told(NoiseOnTargetsByNumpy, loss=on_numpys_noise),
+        {
+            "gradients_are_the_chunks_own",
+            "loss_is_the_chunks_own",
+            "one_chunk_is_one_ordinary_update",
+        },
+    ),
+    "noise_on_targets_by_step": (
+        told(NoiseOnTargetsByStep, loss=on_noisy_targets),
+        {"one_chunk_is_one_ordinary_update", "state_sums_up_the_chunk"},
+    ),
     "sorted_by_content": (told(SortedByContent), {"state_sums_up_the_chunk"}),
     "shuffled_anew": (told(ShuffledAnew), set()),
     "features_besides": (told(FeaturesBesides, loss=regularised), set()),
@@ -2002,6 +2069,10 @@ WRONG: dict[str, tuple[Build, str]] = {
     "padded_and_cut_short": (
         told(PaddedAndCutShort, **OF_TOKENS),
         "gradients_span_the_whole_chunk",
+    ),
+    "noise_on_targets_turned": (
+        told(NoiseOnTargetsTurned, loss=on_noisy_targets),
+        "loss_is_the_chunks_own",
     ),
     "bags_shrink": (told(BagsShrink, **OF_TOKENS), "nothing_but_the_update_moves_parameters"),
 }
