@@ -511,8 +511,9 @@ class Watch:
         ):
             return found
         with self._own_code():
-            guessed = self.forward.guess(before, arguments, returned)
-            several = not guessed and self.forward.returns_several_predictions(arguments, returned)
+            # What comes back as it goes in is the state, whatever averages forward keeps besides.
+            several = self.forward.returns_several_predictions(arguments, returned)
+            guessed = () if several else self.forward.guess(before, arguments, returned)
         if found is not None and not guessed:
             return found
         instead: dict[str, Any] = {"state": guessed} if guessed else {}

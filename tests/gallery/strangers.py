@@ -1094,6 +1094,40 @@ class BagsHeldShort(PaddedAndTied):
         return super().embedded(pairs).view(*x.shape, -1)
 
 
+class CodebookOfAverages(Loop):
+    """Features are quantised by averages of them, in a buffer that forward moves on."""
+
+    codes: Tensor
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.register_buffer("codes", torch.randn(5, case.hidden))
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        features, state = self.core(x, state)
+        nearest = torch.cdist(features.flatten(0, 1), self.codes).argmin(dim=-1)
+        quantised = self.codes[nearest].view_as(features)
+        with torch.no_grad():
+            self.codes.index_copy_(0, nearest[:1], 0.9 * quantised[:1, 0] + 0.1 * features[:1, 0])
+        commitment = F.mse_loss(features, quantised.detach())
+        return (self.readout(features + (quantised - features).detach()), commitment), state
+
+    def loss(self, prediction: Any, target: Tensor) -> Tensor:
+        return committed(prediction, target)
+
+
+class CodebookWithoutState(CodebookOfAverages):
+    """The state is dropped between chunks."""
+
+    def cut(self, state: Any) -> Any:
+        return None
+
+
+def committed(prediction: Any, target: Tensor) -> Tensor:
+    distance: Tensor = prediction[1]
+    return F.mse_loss(prediction[0], target) + 0.25 * distance
+
+
 class NoiseOnTargets(Loop):
     """The loss draws noise on its targets, as label smoothing by hand does."""
 
@@ -1966,6 +2000,14 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
         told(NoiseOnTargetsByStep, loss=on_noisy_targets),
         {"one_chunk_is_one_ordinary_update", "state_sums_up_the_chunk"},
     ),
+    "codebook_of_averages": (
+        told(CodebookOfAverages, loss=committed),
+        {"gradients_span_the_whole_chunk", "state_sums_up_the_chunk"},
+    ),
+    "codebook_told_the_state": (
+        told(CodebookOfAverages, loss=committed, state="state"),
+        {"gradients_span_the_whole_chunk", "state_sums_up_the_chunk"},
+    ),
     "sorted_by_content": (told(SortedByContent), {"state_sums_up_the_chunk"}),
     "shuffled_anew": (told(ShuffledAnew), set()),
     "features_besides": (told(FeaturesBesides, loss=regularised), set()),
@@ -2073,6 +2115,10 @@ WRONG: dict[str, tuple[Build, str]] = {
     "noise_on_targets_turned": (
         told(NoiseOnTargetsTurned, loss=on_noisy_targets),
         "loss_is_the_chunks_own",
+    ),
+    "codebook_without_state": (
+        told(CodebookWithoutState, loss=committed),
+        "state_crosses_every_boundary",
     ),
     "bags_shrink": (told(BagsShrink, **OF_TOKENS), "nothing_but_the_update_moves_parameters"),
 }
