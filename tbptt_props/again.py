@@ -14,7 +14,7 @@ from tbptt_props.compare import near
 from tbptt_props.forward import Arguments, Forward
 from tbptt_props.graph import nodes_behind
 from tbptt_props.layout import Heads, alike, of_parts
-from tbptt_props.process import has_drawn, set_randomness
+from tbptt_props.process import drawn_to, has_drawn, randomness, set_randomness, starting_from
 from tbptt_props.state import dense, leaves, map_tensors, value_of
 from tbptt_props.subject import ObservationError, Subject
 from tbptt_props.trace import REWORKED, Call, Given, Tensors
@@ -37,6 +37,8 @@ class Again:
     cotangents: list[Tensor | None]  # by way of other predictions, too
     direct: list[Tensor | None]  # but for those ways
     gradients: Tensors  # of that loss
+    drawn_to: tuple[int, ...]  # where the loss left the random numbers; () where it draws none
+    written: frozenset[int]  # the ids of parameters that forward itself writes into
 
 
 def loss_of(subject: Subject, given: Given) -> Callable[[Any, Any], Tensor]:
@@ -48,7 +50,9 @@ def loss_of(subject: Subject, given: Given) -> Callable[[Any, Any], Tensor]:
 def run_again(subject: Subject, given: Given, found: float, form: Form | None = None) -> Again:
     """Run a chunk's forward and loss again; what it was given has been loaded."""
     incoming = map_tensors(wanting_gradient, given.calls[0].state)
+    versions = [(parameter, parameter._version) for parameter in subject.module.parameters()]
     heads, state = _forward_in_heads(subject, given, incoming)
+    written = frozenset(id(p) for p, version in versions if p._version != version)
     predictions = [call.joined for call in heads]
     draws = has_drawn(given.randomness)
     nodes = nodes_behind([*predictions, *leaves(state).values()])
@@ -56,8 +60,12 @@ def run_again(subject: Subject, given: Given, found: float, form: Form | None = 
     loss = None
     cotangents: list[Tensor | None] = [None] * len(predictions)
     direct, gradients = cotangents, dict[str, Tensor]()
+    ended: tuple[int, ...] = ()
     if given.target is not None:
+        began = drawn_to()
         loss = as_trained(subject, given, predictions, form)
+        ended = drawn_to()
+        ended = () if ended == began else ended
         cotangents, direct, gradients = _differentiated(loss, heads, trainable_of(subject))
     return Again(
         predictions=predictions,
@@ -71,6 +79,8 @@ def run_again(subject: Subject, given: Given, found: float, form: Form | None = 
         cotangents=cotangents,
         direct=direct,
         gradients=gradients,
+        drawn_to=ended,
+        written=written,
     )
 
 
@@ -218,7 +228,10 @@ def _form_of(subject: Subject, given: Given, predictions: Sequence[Tensor], foun
     if len(predictions) == 1 or given.target is None or given.turns:
         return "whole"
     forms: tuple[Form, ...] = ("whole", "mean", "sum")
-    losses = {form: as_trained(subject, given, predictions, form) for form in forms}
+    began = randomness()
+    trained = starting_from(began, as_trained)
+    losses = {form: trained(subject, given, predictions, form) for form in forms}
+    set_randomness(began)
     return next((form for form in forms if near(float(losses[form]), found)), "whole")
 
 

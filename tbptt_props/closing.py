@@ -19,9 +19,10 @@ from tbptt_props.aims import targets_of
 from tbptt_props.batch import Batch
 from tbptt_props.compare import same, same_leaves, scaling, scalings
 from tbptt_props.graph import hooked
-from tbptt_props.layout import alike, of_parts
+from tbptt_props.layout import Loss, alike, of_parts
 from tbptt_props.live import LiveCall, LiveChunk, turns_of
 from tbptt_props.places import lanes_of, span_of, time_first
+from tbptt_props.process import has_drawn, randomness, set_randomness, starting_from
 from tbptt_props.state import leaves, numbers
 from tbptt_props.subject import Subject
 from tbptt_props.trace import Call, Chunk, Flags, Given, Outcome, Place, Rule, Span
@@ -156,6 +157,7 @@ class Closing:
             optimizers=optimizers,
             randomness=randomness[0],
             drew=any(call.drew for call in live.calls),
+            drawn_to=live.drawn_to,
             shrunk={n: s for rule in live.rules for n, s in scalings(met, rule.handed).items()},
             complete=live.complete,
             halted=halted,
@@ -232,7 +234,16 @@ class Closing:
             if cotangent is not None:
                 cotangent = cotangent.narrow(time, context, prediction.shape[time])
         loss = of_parts(self.subject.loss, call.call.nest)
-        return targets_of(loss, prediction, cotangent, live.loss, batch, places)
+
+        def found(loss: Loss) -> tuple[Place, ...] | None:
+            return targets_of(loss, prediction, cotangent, live.loss, batch, places)
+
+        now = randomness()  # the loop's own
+        targets = found(loss)
+        if has_drawn(now):
+            targets = found(starting_from(call.randomness, loss))  # as it did in the loop
+            set_randomness(now)
+        return targets
 
     def _is_reworked(self, live: LiveChunk) -> bool:
         """Tell whether the loop makes another state of what forward returns, at every time step.

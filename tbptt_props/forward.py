@@ -230,10 +230,11 @@ class Forward:
         attached = {name for name in changed if self._has_graph(name)}
         with torch.no_grad(), _undone(self.module):
             found = [name for name in changed if self._depends_on(name, after, arguments)]
-        # A running average, on which the prediction depends too, is a buffer without a graph.
+        # A running average, on which the prediction depends too, is a buffer without a graph. A
+        # state may be such, too, if nothing else is one.
         averages = dict(self.module.named_buffers()).keys() - attached
         kept = [name for name in found if name not in averages]
-        return tuple(kept if attached & {*found} else found)
+        return tuple(kept or found)
 
     def _has_graph(self, name: str) -> bool:
         return any(leaf.requires_grad for leaf in leaves(resolve(self.module, name)).values())

@@ -46,6 +46,7 @@ from tbptt_props.subject import Subject
 from tbptt_props.trace import (
     CHAINED,
     HOOKED,
+    LOSS_DRAWS,
     REWORKED,
     RUN_AGAIN,
     Chunk,
@@ -701,7 +702,7 @@ def one_chunk(
     due = rederive(fresh(), of_whole, slope=False, mixing=False)
     if due.missing or due.loss is None:
         unknown = "targets of which it is clear how they are laid out"
-        return Rerun(where, missing=due.missing or unknown)
+        return Rerun(where, missing=due.missing or (LOSS_DRAWS if due.loss_draws else unknown))
     if due.hooked:
         return Rerun(where, missing=HOOKED)
     gradients = _up_to_rounding(chunk, due.gradients)
@@ -803,6 +804,14 @@ def _laid_out(change: Callable[[Tensor], Tensor], x: Tensor, target: Any) -> tup
     return change(x), map_tensors(lambda t: change(t) if t.shape[:2] == x.shape[:2] else t, target)
 
 
+def _met_by_the_update(chunk: Chunk) -> Tensors:
+    """Return the parameters as forward left them, which itself may hold rows of some short."""
+    assert chunk.given is not None
+    assert chunk.outcome is not None
+    rules = chunk.outcome.rules
+    return rules[0].before if rules and not chunk.outcome.moved else chunk.given.parameters
+
+
 def _ordinary(
     chunk: Chunk, gradients: Tensors, state: Any, rules: Sequence[Rule], contract: Contract
 ) -> Ending:
@@ -811,7 +820,7 @@ def _ordinary(
     # initial state or a context comes from, for their gradient takes a way that is the loop's own.
     owned = {name for rule in rules for group in rule.groups for name in group["params"]}
     judged = (owned & chunk.given.trainable) - chunk.given.feeding
-    copies = {n: nn.Parameter(p.clone()) for n, p in chunk.given.parameters.items()}
+    copies = {n: nn.Parameter(p.clone()) for n, p in _met_by_the_update(chunk).items()}
     names = {id(parameter): name for name, parameter in copies.items()}
     memory: dict[str, Tensor] = {}
     for i, rule in enumerate(rules):

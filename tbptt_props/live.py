@@ -49,6 +49,7 @@ class LiveCall:
     feeding: frozenset[str] = frozenset()  # parameters from which a state or context is made
     embedding: frozenset[str] = frozenset()  # and those from which the inputs are
     drew: bool = False  # random numbers
+    randomness: Any = None  # once forward was over
     hands_on_a_graph: bool = False  # the state it returned has one
     line: Line | None = None  # of the user's, that called it
     interrupted: bool = False  # an update came after it and before its backward
@@ -69,6 +70,7 @@ class LiveChunk:
     dirty: tuple[str, ...] = ()
     mode: bool = True
     loss: float = 0.0
+    drawn_to: tuple[int, ...] = ()  # the random numbers, as backward began
     gradients: Tensors = field(default_factory=dict)
     rules: list[Rule] = field(default_factory=list)
     updated_by: list[int] = field(default_factory=list)

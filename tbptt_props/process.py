@@ -9,13 +9,16 @@ import random
 import threading
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from tbptt_props.device import drawn, repeatable, seed, set_drawn
+
+_Result = TypeVar("_Result")
 
 
 @contextlib.contextmanager
@@ -83,6 +86,16 @@ def set_randomness(state: tuple[Any, ...]) -> None:
     np.random.set_state(state[2])
 
 
+def starting_from(state: tuple[Any, ...], run: Callable[..., _Result]) -> Callable[..., _Result]:
+    """Return what draws the same each time it is run, from what `randomness` returned on."""
+
+    def ran(*args: Any) -> _Result:
+        set_randomness(state)
+        return run(*args)
+
+    return ran
+
+
 def has_drawn(before: tuple[Any, ...]) -> bool:
     """Tell whether any of the three was drawn from since `randomness` returned `before`."""
     torchs, pythons, numpys = randomness()
@@ -92,6 +105,13 @@ def has_drawn(before: tuple[Any, ...]) -> bool:
         or pythons != before[1]
         or any(not np.array_equal(one, other) for one, other in ours)
     )
+
+
+def drawn_to() -> tuple[int, ...]:
+    """Return what tells, as short numbers, how far the three generators were drawn from."""
+    torchs, (_, pythons, gauss), numpys = randomness()
+    crcs = zlib.crc32(torchs.numpy().tobytes()), zlib.crc32(numpys[1].tobytes())
+    return *crcs, hash((pythons, gauss or 0.0)), hash(tuple(map(float, numpys[2:])))
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ from tbptt_props.state import leaves, numbers
 from tbptt_props.trace import (
     CHAINED,
     HOOKED,
+    LOSS_DRAWS,
     REWORKED,
     RUN_AGAIN,
     Chunk,
@@ -266,7 +267,7 @@ def loss_is_the_chunks_own(link: Link) -> Iterator[Finding]:
         yield NotJudged(SKIPPED)
     elif due.loss is None:
         unknown = "a loss" if due.partial else "inputs of forward that are the batch's own"
-        yield NotJudged(due.missing or unknown)
+        yield NotJudged(due.missing or (LOSS_DRAWS if due.loss_draws else unknown))
     elif outcome.by_slope and not any(_slopes(link)):
         yield NotJudged("a loss that is a number")
     elif not outcome.by_slope and not near(
@@ -286,8 +287,8 @@ def gradients_are_the_chunks_own(link: Link) -> Iterator[Finding]:
     if due.missing or overflowed(link.chunk):
         yield NotJudged(due.missing or SKIPPED)
         return
-    if outcome.chained:
-        yield NotJudged(CHAINED)
+    if outcome.chained or due.loss_draws:
+        yield NotJudged(CHAINED if outcome.chained else LOSS_DRAWS)
         return
     updated = _updated(outcome)
     feeding = link.chunk.given.feeding if link.chunk.given else frozenset()

@@ -99,6 +99,8 @@ def _rederived(
         hooked=given.hooked - hooked(subject.module),
         partial=subject.loss is None,
     )
+    if _draws_others(given, again, outcome):
+        expected = replace(expected, loss=None, gradients={}, loss_draws=True)
     expected = replace(expected, reordered=_is_reordered(subject, given, again, outcome.loss))
     expected = _with_slopes(expected, subject, given, again, wanted=slope)
     del again  # its gradients are many parameters long, and so are those of the update
@@ -113,6 +115,18 @@ def _laid_out(subject: Subject, given: Given, found: float) -> Any:
         return given.target
     kept = prediction if not given.context else behind(given.context, [prediction], given.target)[0]
     return as_the_loss_takes(loss_of(subject, given), kept, given.target, found)
+
+
+def _draws_others(given: Given, again: Again, outcome: Outcome) -> bool:
+    """Tell whether the loss drew random numbers, and may have drawn others while training.
+
+    It drew the same if all that was drawn since the one forward is what it draws right after that.
+    """
+    if again.loss is None or not again.drawn_to:
+        return False
+    if near(float(again.loss.detach()), outcome.loss):
+        return False
+    return len(given.calls) > 1 or again.drawn_to != outcome.drawn_to
 
 
 def _shared(due: Tensors, found: Tensors) -> Tensors:

@@ -23,8 +23,9 @@ from tbptt_props.again import (
     trainable_of,
 )
 from tbptt_props.compare import close, near_slope, same
+from tbptt_props.embeddings import EVERY, Rows, off_their_slope
 from tbptt_props.forward import Forward
-from tbptt_props.graph import hooked
+from tbptt_props.graph import hooked, nodes_behind
 from tbptt_props.state import map_tensors, value_of
 from tbptt_props.subject import Subject
 from tbptt_props.surrogate import takes_anothers_gradient
@@ -33,6 +34,7 @@ from tbptt_props.trace import Given, Tensors
 NUDGE = 1e-5  # central differences in float64: truncation error near NUDGE² = 1e-10
 ROUNDING = 1e-15  # a few of float64's units in the last place
 TOO_COARSE = "values in less than float64 are too coarse to difference"
+Off = Mapping[int, set[Rows]]  # of parameters by id, which rows are left out of the direction
 _Measured = TypeVar("_Measured")
 
 
@@ -86,15 +88,18 @@ def _slopes(subject: Subject, given: Given, again: Again) -> tuple[float | None,
     assert again.loss is not None
     if any(t.dtype != torch.float64 for t in (again.loss, *again.predictions, *trainable.values())):
         return None, None, TOO_COARSE
-    told = _along(trainable, again.gradients)
-    wide = _differenced(subject, given, again.form, NUDGE)
+    off = _off_the_line(again)
+    if off is None:
+        return None, None, "embeddings of parameters as they are, whose gradients are their slopes"
+    told = _along(trainable, off, again.gradients)
+    wide = _differenced(subject, given, again.form, off, NUDGE)
     if near_slope(wide, told):
         return wide, told, ""
     if not abs(wide - told) > _rounding(given, again):
         return None, None, "numbers are too large for a nudge to be told from rounding"
     # A kink within the nudge (relu, clamp) shows as two nudges that disagree with each other.
-    narrow = _differenced(subject, given, again.form, NUDGE / 4)
-    if not near_slope(wide, narrow) or _kinked(subject, given, again):
+    narrow = _differenced(subject, given, again.form, off, NUDGE / 4)
+    if not near_slope(wide, narrow) or _kinked(subject, given, again, off):
         return None, None, "the loss has a kink close by"
     if _hooked(subject, given):
         return None, None, "gradients that no hook of the subject's changes on their way"
@@ -102,11 +107,11 @@ def _slopes(subject: Subject, given: Given, again: Again) -> tuple[float | None,
         return None, None, "a forward that gives no value another one's gradient, straight through"
     if _feeds_back(subject, given):
         return None, None, "a forward that detaches nothing, be it its own predictions to feed back"
-    if _kept_in_buffers(subject, given):
+    if _kept_in_buffers(subject, given, off):
         return None, None, "a forward that keeps nothing of its parameters, as spectral norm does"
-    if _stopped_in_loss(subject, given, again):
+    if _stopped_in_loss(subject, given, again, off):
         return None, None, "a loss that detaches nothing itself: its gradient is not its slope"
-    if _stopped_in_a_head(subject, given, again):
+    if _stopped_in_a_head(subject, given, again, off):
         return None, None, "a forward that detaches nothing for some of its predictions alone"
     return wide, told, ""
 
@@ -165,7 +170,7 @@ def _is_straight_through(subject: Subject, given: Given) -> bool:
 
 
 @torch.no_grad()
-def _kept_in_buffers(subject: Subject, given: Given) -> bool:
+def _kept_in_buffers(subject: Subject, given: Given, off: Off) -> bool:
     """Tell whether predictions go by what forward makes of its parameters in buffers.
 
     No gradient goes that way, and none is due. The state is not meant, which may be a buffer.
@@ -177,7 +182,7 @@ def _kept_in_buffers(subject: Subject, given: Given) -> bool:
         ends.append({n: b.clone() for n, b in subject.module.named_buffers() if n not in kept})
         return 0.0
 
-    _moved_along(subject, given, (-NUDGE, NUDGE), read)
+    _moved_along(subject, given, off, (-NUDGE, NUDGE), read)
     made = {name for name, value in ends[0].items() if not same(value, ends[1][name])}
     if not made:
         return False
@@ -191,7 +196,7 @@ def _kept_in_buffers(subject: Subject, given: Given) -> bool:
     return not all(map(same, *outcomes))
 
 
-def _stopped_in_loss(subject: Subject, given: Given, again: Again) -> bool:
+def _stopped_in_loss(subject: Subject, given: Given, again: Again, off: Off) -> bool:
     """Tell whether it is the loss that detaches, an advantage say, and not forward.
 
     Then the slope of the predictions, along the loss's gradient by them, is autograd's word.
@@ -205,18 +210,18 @@ def _stopped_in_loss(subject: Subject, given: Given, again: Again) -> bool:
         close(g, again.gradients[name]) for name, g in through.items()
     ):
         return False  # parameters are used in the loss itself
-    told = _along(trainable, through)
+    told = _along(trainable, off, through)
     cotangents = [None if g is None else g.detach() for g in again.direct]
 
     def linear(predictions: Sequence[Tensor]) -> float:
         pairs = zip(predictions, cotangents, strict=True)
         return sum(float((p * g).sum()) for p, g in pairs if g is not None)
 
-    left, right = _moved_along(subject, given, (-NUDGE, NUDGE), linear)
+    left, right = _moved_along(subject, given, off, (-NUDGE, NUDGE), linear)
     return near_slope((right - left) / (2 * NUDGE), told)
 
 
-def _stopped_in_a_head(subject: Subject, given: Given, again: Again) -> bool:
+def _stopped_in_a_head(subject: Subject, given: Given, again: Again, off: Off) -> bool:
     """Tell whether forward detaches for some features of its predictions, and not for others.
 
     A head on detached features is so on purpose: what cuts the state short cuts it for all.
@@ -235,10 +240,10 @@ def _stopped_in_a_head(subject: Subject, given: Given, again: Again) -> bool:
         return torch.stack([(p * w.unsqueeze(-1)).flatten(0, -2).sum(0) for p, w in pairs]).sum(0)
 
     told = [
-        _along(trainable, pulled_back([one], [torch.ones_like(one)], trainable))
+        _along(trainable, off, pulled_back([one], [torch.ones_like(one)], trainable))
         for one in sums(predictions).unbind()
     ]
-    left, right = _moved_along(subject, given, (-NUDGE, NUDGE), sums)
+    left, right = _moved_along(subject, given, off, (-NUDGE, NUDGE), sums)
     by_values = ((right - left) / (2 * NUDGE)).tolist()
     right_ones = [near_slope(*pair) for pair in zip(by_values, told, strict=True)]
     return any(right_ones) and not all(right_ones)
@@ -254,20 +259,30 @@ def _rounding(given: Given, again: Again) -> float:
     return ROUNDING * (float(again.loss.detach().abs()) + sizes) / NUDGE
 
 
-def _kinked(subject: Subject, given: Given, again: Again) -> bool:
+def _kinked(subject: Subject, given: Given, again: Again, off: Off) -> bool:
     """Tell whether the slopes to both sides differ, and no less the closer they are taken."""
-    wide, narrow = (_bend(subject, given, again, nudge) for nudge in (NUDGE, NUDGE / 4))
+    wide, narrow = (_bend(subject, given, again, off, nudge) for nudge in (NUDGE, NUDGE / 4))
     return abs(narrow) > max(1e-6, 0.5 * abs(wide))
 
 
-def _bend(subject: Subject, given: Given, again: Again, nudge: float) -> float:
+def _bend(subject: Subject, given: Given, again: Again, off: Off, nudge: float) -> float:
     """Return by how much the slope to the right is larger than the one to the left."""
-    left, here, right = _losses(subject, given, again.form, (-nudge, 0.0, nudge))
+    left, here, right = _losses(subject, given, again.form, off, (-nudge, 0.0, nudge))
     return (right - 2 * here + left) / nudge
 
 
+def _off_the_line(again: Again) -> Off | None:
+    """Return what of the parameters is left out of the direction: what no slope is to be told of.
+
+    That is what an embedding gives a gradient of its own, and what forward itself writes into, as
+    an embedding's `max_norm=` does: no nudge of it need come through.
+    """
+    found = off_their_slope(again.nodes if again.loss is None else nodes_behind([again.loss]))
+    return None if found is None else {**found, **{at: {EVERY} for at in again.written}}
+
+
 def _directed(
-    trainable: Mapping[str, nn.Parameter],
+    trainable: Mapping[str, nn.Parameter], off: Off
 ) -> Iterator[tuple[str, nn.Parameter, Tensor, Tensor]]:
     """Yield each parameter with its part of one fixed direction: by rows, and by columns.
 
@@ -278,14 +293,16 @@ def _directed(
         count = len(parameter) if parameter.dim() > 1 else 1
         sizes = count, parameter.numel() // count if count else 0
         rows, columns = (torch.randn(n, generator=generator, dtype=torch.float64) for n in sizes)
+        for left_out in off.get(id(parameter), ()):
+            rows[left_out] = 0.0
         yield name, parameter, rows.to(parameter), columns.to(parameter)
 
 
-def _along(trainable: Mapping[str, nn.Parameter], gradients: Tensors) -> float:
+def _along(trainable: Mapping[str, nn.Parameter], off: Off, gradients: Tensors) -> float:
     """Return the slope along the direction that gradients tell."""
     return sum(
         float(rows @ (_as_matrix(gradients[name], rows) @ columns))
-        for name, _, rows, columns in _directed(trainable)
+        for name, _, rows, columns in _directed(trainable, off)
         if name in gradients
     )
 
@@ -294,25 +311,28 @@ def _as_matrix(tensor: Tensor, rows: Tensor) -> Tensor:
     return tensor.reshape(len(rows), -1) if len(rows) else tensor.reshape(0, 0)
 
 
-def _differenced(subject: Subject, given: Given, form: Form, nudge: float) -> float:
-    left, right = _losses(subject, given, form, (-nudge, nudge))
+def _differenced(subject: Subject, given: Given, form: Form, off: Off, nudge: float) -> float:
+    left, right = _losses(subject, given, form, off, (-nudge, nudge))
     return (right - left) / (2 * nudge)
 
 
-def _losses(subject: Subject, given: Given, form: Form, nudges: Sequence[float]) -> list[float]:
+def _losses(
+    subject: Subject, given: Given, form: Form, off: Off, nudges: Sequence[float]
+) -> list[float]:
     """Return the loss with all parameters moved so far along the direction."""
     assert given.target is not None
 
     def loss(predictions: Sequence[Tensor]) -> float:
         return float(as_trained(subject, given, predictions, form))
 
-    return _moved_along(subject, given, nudges, loss)
+    return _moved_along(subject, given, off, nudges, loss)
 
 
 @torch.no_grad()
 def _moved_along(
     subject: Subject,
     given: Given,
+    off: Off,
     nudges: Sequence[float],
     measure: Callable[[Sequence[Tensor]], _Measured],
 ) -> list[_Measured]:
@@ -320,7 +340,7 @@ def _moved_along(
     measured = []
     trainable = trainable_of(subject)
     for nudge in nudges:
-        for name, parameter, rows, columns in _directed(trainable):
+        for name, parameter, rows, columns in _directed(trainable, off):
             start = given.parameters[name]
             moved = torch.addr(_as_matrix(start, rows), rows, columns, alpha=nudge)
             parameter.copy_(moved.reshape(start.shape))

@@ -21,6 +21,7 @@ Tensors = Mapping[str, Tensor]
 HOOKED = "gradients that go through no hooks but those of a module just made"
 REWORKED = "a state that goes from call to call of forward as it is"  # missing, if it doesn't
 RUN_AGAIN = "chunks that forward runs once, not by other random numbers once more"
+LOSS_DRAWS = "a loss that draws no random numbers, or none but right after a chunk's one forward"
 CHAINED = "gradients that go from call to call of forward by backward alone"
 Place = tuple[int, int]  # (sequence, time step) within a batch
 Flags = frozenset[tuple[bool, ...]]  # all those of a sequence, for each sequence of a batch
@@ -187,6 +188,7 @@ class Outcome:
     optimizers: tuple[frozenset[str], ...] = ()  # parameters of each that is known to train
     randomness: Any = None  # of torch, before forward
     drew: bool = True  # forward took some of it
+    drawn_to: tuple[int, ...] = ()  # where the random numbers were as backward began
     complete: bool = True  # backward came to its end
     halted: bool = False  # training raised before the next chunk, and before the batch's end
     standing: Tensors = field(default_factory=dict)  # gradients of chunks that share the update
@@ -307,6 +309,7 @@ class Expected:
     state_matters: bool | None = None  # the incoming state has an effect; None: there is none
     numbers_matter: bool = False  # with those of the state left, something else comes out
     draws: bool = False  # forward draws random numbers
+    loss_draws: bool = False  # and the loss does, of which others came in training
     hooked: frozenset[str] = frozenset()  # parameters on which hooks were hung while training
     partial: bool = False  # no loss is known: gradients only of what the forward calls use
     in_two: tuple[Difference, ...] | None = None  # run in two parts, what comes out otherwise

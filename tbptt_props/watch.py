@@ -34,6 +34,7 @@ from tbptt_props.byhand import BY_HAND, Rate
 from tbptt_props.closing import Closing
 from tbptt_props.compare import close, difference, same, same_leaves
 from tbptt_props.device import drawn
+from tbptt_props.embeddings import only_renormed
 from tbptt_props.forward import Arguments, Forward
 from tbptt_props.graph import (
     any_within,
@@ -50,7 +51,7 @@ from tbptt_props.lines import calls_itself, users_line
 from tbptt_props.live import Canary, LiveCall, LiveChunk, Snapshot, joined_places, turns_of
 from tbptt_props.places import by_memory, lanes_of, locate
 from tbptt_props.precision import autocast_in_force, keeps_casts
-from tbptt_props.process import Hung, Watchdog, randomness
+from tbptt_props.process import Hung, Watchdog, drawn_to, randomness
 from tbptt_props.scaling import divided, is_told_to_skip, scale_of, scalers_watched
 from tbptt_props.standin import Original, standing_in
 from tbptt_props.state import dense, leaves, value_of
@@ -372,7 +373,9 @@ class Watch:
         returned = original(*args, **kwargs)
         self.in_forward = None
         live.closed = sequence_number()
-        live.drew = not torch.equal(drawn(), live.snapshot.randomness[0])
+        torchs, *others = live.snapshot.randomness
+        live.randomness = drawn(), *others  # forwards hardly draw from those, which are large
+        live.drew = not torch.equal(live.randomness[0], torchs)
         predicted, after = self._came_out(returned, arguments, before)
         with self._own_code():
             self.last_state = value_of(after)
@@ -508,8 +511,9 @@ class Watch:
         ):
             return found
         with self._own_code():
-            guessed = self.forward.guess(before, arguments, returned)
-            several = not guessed and self.forward.returns_several_predictions(arguments, returned)
+            # What comes back as it goes in is the state, whatever averages forward keeps besides.
+            several = self.forward.returns_several_predictions(arguments, returned)
+            guessed = () if several else self.forward.guess(before, arguments, returned)
         if found is not None and not guessed:
             return found
         instead: dict[str, Any] = {"state": guessed} if guessed else {}
@@ -568,7 +572,9 @@ class Watch:
             if before is not None and same(parameter, before):
                 continue
             now[name] = parameter.detach().clone()
-            if before is not None and before.shape == now[name].shape and self._trained(name):
+            if before is None or before.shape != now[name].shape or not self._trained(name):
+                continue
+            if not only_renormed(self.module, parameter, before):
                 moved = difference(name, now[name], before)
                 self.moves.append((f"between {self.known_when} and {until}", moved))
         if now:
@@ -613,7 +619,7 @@ class Watch:
         loss = sum(map(self._loss_of, roots, slopes))
         if self.lightning_updates is not None:
             chunk.through_lightning = through and chunk.through_lightning is not False
-        before = len(chunk.events)
+        before, drawn_at = len(chunk.events), drawn_to()
         with self._gathering() as gathered, self._catching_gradients() as caught:
             result = run()
         with self._own_code():
@@ -622,6 +628,7 @@ class Watch:
                     earlier = call.cotangent
                     call.cotangent = cotangent if earlier is None else earlier + cotangent
                 chunk.loss += loss
+                chunk.drawn_to = drawn_at
                 handed = [r for r, slope in zip(roots, slopes, strict=True) if slope is not None]
                 chunk.by_slope = chunk.by_slope or any(root.dim() > 0 for root in handed)
                 chunk.chained = chunk.chained or any(map(_is_state, handed))

@@ -404,7 +404,19 @@ class KeepsDetached(Keeps):
         return prediction
 
 
-@pytest.mark.parametrize("kind", [KeepsMore, KeepsAnAverage, KeepsDetached])
+class KeepsAnAverageAndDetached(KeepsAnAverage):
+    """No graph tells the two apart."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        prediction = super().forward(x)
+        assert self.h is not None
+        self.h = self.h.detach()
+        return prediction
+
+
+@pytest.mark.parametrize(
+    "kind", [KeepsMore, KeepsAnAverage, KeepsDetached, KeepsAnAverageAndDetached]
+)
 def test_what_is_no_state_is_not_taken_for_one(kind: type[Keeps]) -> None:
     assert guessed(kind(), X) == ("h",)
 

@@ -1037,6 +1037,159 @@ class SparseGradients(Loop):
         return optim.SparseAdam(list(self.embed.parameters())), optim.Adam(rest)
 
 
+class PaddedAndTied(Loop):
+    """An embedding gives its padding no gradient; its weights are the readout's, too."""
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.core = nn.GRU(case.hidden, case.hidden, batch_first=True)
+        self.embed: nn.Module = nn.Embedding(9, case.hidden, padding_idx=0)
+        self.readout = nn.Linear(case.hidden, 9)
+        self.readout.weight = self.embed.weight
+
+    def embedded(self, x: Tensor) -> Tensor:
+        found: Tensor = self.embed(x)
+        return found
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        prediction, state = super().forward(self.embedded(x), state)
+        return prediction.transpose(1, 2), state
+
+    def loss(self, prediction: Any, target: Tensor) -> Tensor:
+        return F.cross_entropy(prediction, target)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        super().training_step((batch[:, :-1], batch[:, 1:]), batch_idx)
+
+
+class PaddedAndCutShort(PaddedAndTied):
+    """Its features are detached."""
+
+    def embedded(self, x: Tensor) -> Tensor:
+        return super().embedded(x).detach()
+
+
+class PaddedByTheCall(PaddedAndTied):
+    """The padding is told in the call alone."""
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.embed = nn.Embedding(9, case.hidden)
+
+    def embedded(self, x: Tensor) -> Tensor:
+        weight: Any = self.embed.weight
+        return F.embedding(x, weight, padding_idx=0)
+
+
+class BagsHeldShort(PaddedAndTied):
+    """Forward holds a bag's rows short, and their gradients are divided by how many come."""
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.readout = nn.Linear(case.hidden, 9)
+        self.embed = nn.EmbeddingBag(9, case.hidden, max_norm=1.0, scale_grad_by_freq=True)
+
+    def embedded(self, x: Tensor) -> Tensor:
+        pairs = torch.stack([x, x.clamp(max=3)], dim=-1).flatten(0, 1)
+        return super().embedded(pairs).view(*x.shape, -1)
+
+
+class CodebookOfAverages(Loop):
+    """Features are quantised by averages of them, in a buffer that forward moves on."""
+
+    codes: Tensor
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.register_buffer("codes", torch.randn(5, case.hidden))
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        features, state = self.core(x, state)
+        nearest = torch.cdist(features.flatten(0, 1), self.codes).argmin(dim=-1)
+        quantised = self.codes[nearest].view_as(features)
+        with torch.no_grad():
+            self.codes.index_copy_(0, nearest[:1], 0.9 * quantised[:1, 0] + 0.1 * features[:1, 0])
+        commitment = F.mse_loss(features, quantised.detach())
+        return (self.readout(features + (quantised - features).detach()), commitment), state
+
+    def loss(self, prediction: Any, target: Tensor) -> Tensor:
+        return committed(prediction, target)
+
+
+class CodebookWithoutState(CodebookOfAverages):
+    """The state is dropped between chunks."""
+
+    def cut(self, state: Any) -> Any:
+        return None
+
+
+def committed(prediction: Any, target: Tensor) -> Tensor:
+    distance: Tensor = prediction[1]
+    return F.mse_loss(prediction[0], target) + 0.25 * distance
+
+
+class NoiseOnTargets(Loop):
+    """The loss draws noise on its targets, as label smoothing by hand does."""
+
+    def loss(self, prediction: Any, target: Tensor) -> Tensor:
+        return on_noisy_targets(prediction, target)
+
+
+class NoiseOnTargetsTurned(NoiseOnTargets):
+    """The targets are of other time steps."""
+
+    def loss(self, prediction: Any, target: Tensor) -> Tensor:
+        return super().loss(prediction, target.flip(1))
+
+
+class NoiseOnTargetsByNumpy(Loop):
+    """It is numpy that draws it; the loop draws some more in between."""
+
+    def loss(self, prediction: Any, target: Tensor) -> Tensor:
+        np.random.random(2)
+        return on_numpys_noise(prediction, target)
+
+
+class NoiseOnTargetsByStep(Loop):
+    """Each time step has a forward and a loss of its own, which draws."""
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.core = nn.GRUCell(case.inputs, case.hidden)
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        state = self.core(F.dropout(x, 0.2), state)
+        return self.readout(state), state
+
+    def train_on(self, x: Tensor, y: Tensor, state: Any) -> Any:
+        opt: Any = self.optimizers()
+        losses = []
+        for inputs, target in zip(x.unbind(1), y.unbind(1), strict=True):
+            prediction, state = self(inputs, state)
+            losses.append(on_noisy_targets(prediction, target))
+        opt.zero_grad()
+        self.manual_backward(torch.stack(losses).mean())
+        opt.step()
+        return state.detach()
+
+
+def on_noisy_targets(prediction: Tensor, target: Tensor) -> Tensor:
+    return F.mse_loss(prediction, target + 0.1 * torch.randn_like(target))
+
+
+def on_numpys_noise(prediction: Tensor, target: Tensor) -> Tensor:
+    noise = torch.as_tensor(np.random.random(target.shape))
+    return F.mse_loss(prediction, target + 0.1 * noise.to(target))
+
+
+class BagsShrink(BagsHeldShort):
+    """The loop shrinks them besides."""
+
+    def after_the_update(self) -> None:
+        with torch.no_grad():
+            self.embed.get_parameter("weight").mul_(0.99)
+
+
 def tokens(case: tb.Case) -> list[Any]:
     generator = torch.Generator().manual_seed(case.seed)
     return [torch.randint(9, (b, t + 1), generator=generator) for b, t in case.sizes()]
@@ -1678,6 +1831,7 @@ def shifted(ids: Tensor) -> tuple[Tensor, Tensor]:
     return ids[:, :-1], ids[:, 1:]
 
 
+OF_TOKENS: dict[str, Any] = {"loss": F.cross_entropy, "batches": tokens, "parts": shifted}
 OF_A_LOSS = {
     "gradients_span_the_whole_chunk",
     "loss_is_the_chunks_own",
@@ -1851,6 +2005,30 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
             "the_update_follows_the_optimizers_rule",
         },
     ),
+    "padded_and_tied": (told(PaddedAndTied, **OF_TOKENS), {"state_sums_up_the_chunk"}),
+    "padded_by_the_call": (told(PaddedByTheCall, **OF_TOKENS), {"state_sums_up_the_chunk"}),
+    "bags_held_short": (told(BagsHeldShort, **OF_TOKENS), {"state_sums_up_the_chunk"}),
+    "noise_on_targets": (told(NoiseOnTargets, loss=on_noisy_targets), set()),
+    "noise_on_targets_by_numpy": (
+        told(NoiseOnTargetsByNumpy, loss=on_numpys_noise),
+        {
+            "gradients_are_the_chunks_own",
+            "loss_is_the_chunks_own",
+            "one_chunk_is_one_ordinary_update",
+        },
+    ),
+    "noise_on_targets_by_step": (
+        told(NoiseOnTargetsByStep, loss=on_noisy_targets),
+        {"one_chunk_is_one_ordinary_update", "state_sums_up_the_chunk"},
+    ),
+    "codebook_of_averages": (
+        told(CodebookOfAverages, loss=committed),
+        {"gradients_span_the_whole_chunk", "state_sums_up_the_chunk"},
+    ),
+    "codebook_told_the_state": (
+        told(CodebookOfAverages, loss=committed, state="state"),
+        {"gradients_span_the_whole_chunk", "state_sums_up_the_chunk"},
+    ),
     "sorted_by_content": (told(SortedByContent), {"state_sums_up_the_chunk"}),
     "shuffled_anew": (told(ShuffledAnew), set()),
     "features_besides": (told(FeaturesBesides, loss=regularised), set()),
@@ -1953,4 +2131,17 @@ WRONG: dict[str, tuple[Build, str]] = {
         told(StateDroppedBesidesAContext),
         "state_crosses_every_boundary",
     ),
+    "padded_and_cut_short": (
+        told(PaddedAndCutShort, **OF_TOKENS),
+        "gradients_span_the_whole_chunk",
+    ),
+    "noise_on_targets_turned": (
+        told(NoiseOnTargetsTurned, loss=on_noisy_targets),
+        "loss_is_the_chunks_own",
+    ),
+    "codebook_without_state": (
+        told(CodebookWithoutState, loss=committed),
+        "state_crosses_every_boundary",
+    ),
+    "bags_shrink": (told(BagsShrink, **OF_TOKENS), "nothing_but_the_update_moves_parameters"),
 }
