@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, is_dataclass, replace
@@ -379,7 +380,7 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
         if type(part).__module__.startswith("torch.nn."):
             continue
         prefix = f"{path}." if path else ""
-        kinds = (Tensor, tuple, list, dict)
+        kinds = (Tensor, tuple, list, dict, deque)
         for name, value in vars(part).items():
             plain = value is None or isinstance(value, kinds) or _is_users(value)
             if plain and name not in inherited:

@@ -1,6 +1,7 @@
 """Shapes: B sequences, K time steps in a chunk, I inputs, H hidden units, O outputs."""
 
 import random
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -333,6 +334,19 @@ class KeepsInDict(Model):
         return self._state["h"].sum()
 
 
+class KeepsInDeque(Model):
+    """The oldest of what it keeps has an effect."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.past: deque[Tensor] = deque(maxlen=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.past[0] if self.past else torch.zeros(2, 4)
+        self.past.append(before + self.scale * x.sum(dim=1))
+        return self.past[-1].sum()
+
+
 class Inside(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -347,6 +361,7 @@ KEEPERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a buffer": (KeepsInBuffer, "h"),
     "an object": (KeepsInObject, "memory"),
     "a dict": (KeepsInDict, "_state"),
+    "a deque": (KeepsInDeque, "past"),
     "a part's attribute": (Inside, "core.h"),
 }
 
@@ -412,7 +427,9 @@ def guessed(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[str, ...]:
     return forward.guess(before, arguments, module(*args, **kwargs))
 
 
-@pytest.mark.parametrize("name", ["an attribute", "a buffer", "a dict", "a part's attribute"])
+@pytest.mark.parametrize(
+    "name", ["an attribute", "a buffer", "a dict", "a deque", "a part's attribute"]
+)
 def test_where_a_state_is_kept_is_found_out(name: str) -> None:
     kind, attribute = KEEPERS[name]
 
