@@ -775,7 +775,8 @@ def scaled_gradients_are_changed(seen: Evidence) -> bool:
 def the_loss_is_another_one(seen: Evidence) -> bool:
     """Another loss is trained on than the one that the kit was told.
 
-    Try: Subject(..., loss=...) with the very loss of training_step, or that loss there
+    Try: Subject(..., loss=...) with the very loss of training_step, or that loss there; where the
+    loop changes the targets before its loss, leave out loss=, or hand them over so by parts=
     """
     trained = [look for look in seen.looks if "backward" in look.events and look.due is not None]
     another = [math.isnan(look.ratio) for look in trained]  # a mask may make it so in some chunks

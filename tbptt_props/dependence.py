@@ -37,13 +37,14 @@ def in_two(
     """Run the chunk in two parts; return what differs, or None where it need not be the same."""
     first, time = given.calls[0], time_dimension(chunk)
     positional, named = first.others
-    if again.draws or time is None or not leaves(again.state) or positional or named:
+    if again.draws or time is None or not leaves(again.state) or positional or any(named):
         return None
     steps, whole = first.x.shape[time], again.predictions[0].detach()
-    if steps < 2 or whole.dim() <= time or whole.shape[time] != steps:
+    forward = Forward(subject)
+    cut = steps >= 2 and whole.dim() > time and whole.shape[time] == steps
+    if not cut or not forward.takes_a_state:
         return None
     load_values(subject.module, given)
-    forward = Forward(subject)
     part = 1 if steps < 3 else 2  # two time steps, for a forward that treats a single one apart
     early, late = torch.split(first.x, [part, steps - part], dim=time)
     before, midway = repeat_call(forward, replace(first, x=early), value_of(first.state))

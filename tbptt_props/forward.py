@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, is_dataclass, replace
@@ -21,6 +22,11 @@ from tbptt_props.process import randomness, set_randomness
 from tbptt_props.standin import Original, standing_in
 from tbptt_props.state import LIBRARIES, fresh, leaves, map_tensors, value_of
 from tbptt_props.subject import Subject, resolve
+
+# No argument's name: under it stands how inputs or a state came in where no name tells it, the name
+# of the inputs among any, or that what came in by star-arguments is one.
+_HOW = ""
+_ONE = "*"
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,8 @@ class Arguments:
 class Forward:
     """A subject's forward. Its state comes in by arguments, or is kept in the module's attributes.
 
-    By default it is the second argument, and the second of the pair that is returned.
+    By default it is the second argument, and the second of the pair that is returned; or all of
+    `*states` behind the inputs, and all behind the prediction.
     """
 
     def __init__(self, subject: Subject) -> None:
@@ -45,11 +52,17 @@ class Forward:
         self.name = subject.forward
         self.outputs = subject.outputs
         self.owner, self.attribute = _owner_of(self.module, subject.forward)
-        self.parameters, self.by_position, self.takes_any = _parameters_of(
+        self.parameters, self.by_position, self.star, self.stars = _parameters_of(
             getattr(self.owner, self.attribute)
         )
+        self.takes_any = bool(self.stars)
+        several = len(self.by_position) == 1 == len(self.parameters) and not subject.state
+        self.spread = self.star if several else ""  # what gathers the state, if anything does
+        if len(subject.state) == 1 and subject.state[0] in (self.star, self.stars):
+            self.spread = subject.state[0]
         self.handed = tuple(n for n in subject.state if self._takes(n))
         self.kept = tuple(n for n in subject.state if n not in self.handed)
+        self.came_apart = False  # a state did, each part of it behind the prediction
         self.met: set[str] = set()  # those of them that the module was seen to have
         others = [name for name in self.parameters if name not in self.handed]
         self.inputs = next(iter(others), "")
@@ -59,7 +72,12 @@ class Forward:
     def _takes(self, name: str) -> bool:
         """Tell whether a name is an argument's; any may be, where it takes all there are."""
         anything = self.takes_any and resolve(self.module, name) is None
-        return name in self.parameters or anything
+        return name in self.parameters or name == self.spread or anything
+
+    @property
+    def takes_a_state(self) -> bool:
+        """Whether it is known where a state goes in."""
+        return bool(self.kept or self.handed or self.spread or self.star)
 
     def replaced(
         self, replacement: Callable[[Original, Any, Any], Any]
@@ -74,14 +92,42 @@ class Forward:
         if rest and not self.by_position:
             x, rest = rest[0], rest[1:]
         else:
-            x = named.pop(self.inputs, None)
+            name = self._inputs_among(named)
+            x = named.pop(name, None)
+            if not self.by_position or name != self.inputs:
+                named[_HOW] = name
         if self.kept:
             return Arguments(x, self._read(), True, (rest, named))
+        if self.spread:
+            return self._gathered(x, rest, named)
         if not self.parameters and rest:  # nothing is known of what it takes
             return Arguments(x, rest[0], True, (rest[1:], named))
         found = [named.pop(name) for name in self.handed if name in named]
         state = tuple(found) if len(self.handed) > 1 else next(iter(found), None)
         return Arguments(x, state, bool(found), (rest, named))
+
+    def _inputs_among(self, named: Mapping[str, Any]) -> str:
+        """Name the argument that is the inputs; some are called by any of several names."""
+        if self.inputs in named:
+            return self.inputs
+        return next((name for name in named if name not in self.handed), self.inputs)
+
+    def inputs_by_name(self, arguments: Arguments) -> str:
+        """Return the name by which inputs were handed over to what takes any, if by one."""
+        how = arguments.others[1].get(_HOW, _ONE)
+        return "" if how == _ONE else str(how)
+
+    def _gathered(self, x: Any, rest: tuple[Any, ...], named: dict[str, Any]) -> Arguments:
+        """Take all for the state that `*states`, or `**states`, gathers."""
+        if self.spread == self.stars:
+            known = {*self.parameters, _HOW}
+            states = {name: value for name, value in named.items() if name not in known}
+            others = {name: value for name, value in named.items() if name in known}
+            return Arguments(x, states or None, bool(states), (rest, others))
+        state = rest[0] if len(rest) == 1 else rest or None
+        if len(rest) == 1 and not isinstance(state, Tensor):
+            named[_HOW] = _ONE
+        return Arguments(x, state, bool(rest), ((), named))
 
     def put(self, arguments: Arguments, state: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Put another state in the place of the one that came in; return what to call with."""
@@ -89,6 +135,11 @@ class Forward:
         if self.kept:
             self._write(state)
             return self._arranged(arguments.x, dict(named), rest)
+        if self.spread and self.spread == self.stars:
+            return self._arranged(arguments.x, {**named, **(state or {})}, rest)
+        if self.spread:
+            several = isinstance(state, (tuple, list)) and named.get(_HOW) != _ONE
+            return self._arranged(arguments.x, dict(named), tuple(state) if several else (state,))
         if not self.handed:
             return (arguments.x, state, *rest), dict(named)
         states = state if len(self.handed) > 1 and isinstance(state, tuple) else (state,)
@@ -106,9 +157,10 @@ class Forward:
         self, x: Any, named: dict[str, Any], rest: tuple[Any, ...]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Hand over by position what can be: some take nothing by name."""
-        if not self.by_position:
+        how = named.pop(_HOW, _ONE)
+        if not self.by_position and how == _ONE:
             return (x, *rest), named
-        named, positional = {**named, self.inputs: x}, []
+        named, positional = {**named, self.inputs if how == _ONE else how: x}, []
         for name in self.by_position:
             if name not in named:
                 break
@@ -133,6 +185,9 @@ class Forward:
             return None
         if self.kept:
             return prediction, self._read()
+        if self.spread and self.spread == self.star and several and len(returned) > 1:
+            self.came_apart = len(returned) > 2
+            return prediction, _one_or_all(_one_or_all(returned[1:]))
         if not several or len(returned) != 1 + max(1, len(self.handed)):
             return None
         return prediction, tuple(returned[1:]) if len(self.handed) > 1 else returned[1]
@@ -210,9 +265,11 @@ class Forward:
         Where nothing was handed over yet, what is returned has to be of one shape: an LSTM's pair
         is, a state and a mask are not.
         """
-        _, named = arguments.others
+        named = {name: value for name, value in arguments.others[1].items() if name != _HOW}
         if len(returned) == 1:
-            return tuple(named) if self.takes_any and len(named) == 1 else ()
+            (value, *more) = (*named.values(), ...)  # nothing of it may be known yet
+            like = not leaves(value) or _shapes(value) == _shapes(returned)
+            return tuple(named) if self.takes_any and len(more) == 1 and like else ()
         if arguments.has_state:
             named = {**named, **dict.fromkeys(self.handed, arguments.state)}
         others = [name for name in self.parameters if name != self.inputs]
@@ -223,6 +280,16 @@ class Forward:
         known = [_shapes(value) for value in handed if value is not None]
         came = list(map(_shapes, returned))
         return names if came == (known or came[:1] * len(came)) else ()
+
+    def handing_on(self, arguments: Arguments, state: Any) -> tuple[str, ...]:
+        """Name what hands on a state that was returned, and is not where it is looked for."""
+        rest, named = arguments.others
+        if self.star and rest and _shapes(rest) == _shapes(state):
+            return (self.star,)
+        if isinstance(state, Mapping) and state and state.keys() <= named.keys():
+            return (self.stars,) if state.keys().isdisjoint(self.parameters) else ()
+        like = [name for name, value in named.items() if _shapes(value) == _shapes(state)]
+        return tuple(like) if len(like) == 1 else ()
 
     def _among_attributes(self, before: Mapping[str, Any], arguments: Arguments) -> tuple[str, ...]:
         after = self.candidates()
@@ -314,7 +381,7 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
         if type(part).__module__.startswith("torch.nn."):
             continue
         prefix = f"{path}." if path else ""
-        kinds = (Tensor, tuple, list, dict)
+        kinds = (Tensor, tuple, list, dict, deque)
         for name, value in vars(part).items():
             plain = value is None or isinstance(value, kinds) or _is_users(value)
             if plain and name not in inherited:
@@ -330,17 +397,24 @@ def _is_users(value: Any) -> bool:
     return is_dataclass(value) or (plain and not library and not callable(value))
 
 
-def _parameters_of(forward: Original) -> tuple[list[str], list[str], bool]:
-    """Return the names of all parameters, of those by position, and whether any name will do."""
+def _one_or_all(states: Any) -> Any:
+    """Return the only one of several, or all of them."""
+    plain = type(states) in (tuple, list)
+    return states[0] if plain and len(states) == 1 else tuple(states) if plain else states
+
+
+def _parameters_of(forward: Original) -> tuple[list[str], list[str], str, str]:
+    """Return the names of all parameters, of those by position, and of `*` and `**`, if any."""
     try:
         parameters = inspect.signature(forward).parameters.values()
     except (TypeError, ValueError):
-        return [], [], False
+        return [], [], "", ""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     by_position = [p.name for p in parameters if p.kind in kinds]
     by_name = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-    return by_position + by_name, by_position, takes_any
+    star = "".join(p.name for p in parameters if p.kind is inspect.Parameter.VAR_POSITIONAL)
+    stars = "".join(p.name for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD)
+    return by_position + by_name, by_position, star, stars
 
 
 def _owner_of(module: nn.Module, name: str) -> tuple[Any, str]:

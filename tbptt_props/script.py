@@ -696,7 +696,7 @@ def _require(seen: Seen, check: Check) -> None:
 def _require_names(seen: Seen) -> None:
     forward = _forward(seen)
     unknown = [name for name in forward.handed if name not in forward.parameters]
-    if not forward.inputs or unknown:
+    if not forward.inputs or unknown or forward.spread:
         raise seen.no_script("forward does not say which of its arguments is the state")
 
 

@@ -50,7 +50,8 @@ class Subject:
             Inputs (B, K, I), predictions (B, K, O), or any other layout with the features last.
         state: where the state is, if it is not forward's second argument and the second of what
             it returns: the names of several arguments, returned in that order behind the
-            prediction, or of attributes of the module (`"hidden"`, `"core.h"`). Where forward
+            prediction, of `*states` or `**states`, which is all that they take, or of attributes
+            of the module (`"hidden"`, `"core.h"`). Where forward
             returns something else than a pair, it is tried out where the state may be.
         contract: what the loop promises.
         batches: makes the batches of a case, a list of whatever the loop takes; by default

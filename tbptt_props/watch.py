@@ -362,9 +362,12 @@ class Watch:
             before = {} if self.calls_ever else self.forward.candidates()
             self.calls_ever += 1
             self.watchdog.called(arguments.x)
+            if self.calls_ever == 1 or not self.forward.inputs:
+                self._require_inputs(arguments, handed=bool(args) or self.forward.inputs in kwargs)
             if self.calls_ever == 1:
                 self._require_a_state(arguments)
                 self._begin_anew()
+            self._require_what_is_handed_on(arguments)
             live = self._opened(arguments)
         if self.calls_ever == 1:
             self.initial_state = live.call.state
@@ -405,6 +408,56 @@ class Watch:
                 "torch.func.functional_call does: what updates them can't be seen"
             )
 
+    def _require_inputs(self, arguments: Arguments, *, handed: bool) -> None:
+        """Refuse a state that comes first where the inputs are looked for, and they behind it.
+
+        Raises:
+            WiringError: it does, or it has to be watched first what the loop makes of the batch.
+        """
+        first = next(iter(leaves(arguments.x).values()), None)
+        name = self.forward.inputs or self.forward.inputs_by_name(arguments)
+        behind = arguments.state if self.forward.inputs else arguments.others[1]
+        if self.subject.state or not name or self._places(behind) is None:
+            return
+        if self._places(arguments.x) is not None or self._is_of_the_batch(first):
+            return
+        if first is not None and self._followed(first) is not None:
+            return
+        # It may as well be noise, with inputs behind it, and then the state.
+        further = first is not None and self.forward.parameters[2:]
+        which = "..." if further or not (handed or not self.forward.inputs) else name
+        self.problem = WiringError(
+            f"{type(self.module).__name__}.{self.subject.forward} takes a part of the batch behind "
+            f"{name}, where the inputs are looked for: say which argument is the state with "
+            f"Subject(..., state={which!r})",
+            {} if which == "..." else {"state": (name,)},
+        )
+        raise self.problem
+
+    def _require_what_is_handed_on(self, arguments: Arguments) -> None:
+        """Refuse a state that goes back into forward where it is not looked for."""
+        last, state = leaves(self.last_state), leaves(arguments.state)
+        if self.subject.state or not last or _shapes(state) == _shapes(last):
+            return
+        name = f"{type(self.module).__name__}.{self.subject.forward}"
+        found = self.forward.handing_on(arguments, self.last_state)
+        others = leaves(arguments.others).values()
+        if found:
+            self.problem = WiringError(
+                f"{name} takes the state that it returned as {found[0]}: say so with "
+                f"Subject(..., state={found[0]!r})",
+                {"state": found},
+            )
+            raise self.problem
+        among = any(same(one, leaf) for one in others for leaf in last.values() if leaf.any())
+        apart = len(state) != len(last) and (state or self.forward.came_apart)
+        if among or (apart and self.forward.spread):
+            raise self._fail(
+                f"{name} returns a state of {len(last)} tensors and takes {len(state)} of them "
+                "where a state is looked for: say which arguments are the state with Subject(..., "
+                "state=...), and which of what it returns with Subject(..., outputs=...)"
+            )
+
     def _require_a_state(self, arguments: Arguments) -> None:
         """Refuse a part of the batch where the state is looked for: targets, say, or a mask."""
         if self.subject.state or not self._is_of_the_batch(arguments.state):
@@ -412,7 +465,8 @@ class Watch:
         _, named = arguments.others
         further = self.forward.parameters[2:]
         found = next((n for n in further if not self._is_of_the_batch(named.get(n))), None)
-        if found is None:
+        found = found or self.forward.star
+        if not found:
             return
         self.problem = WiringError(
             f"{type(self.module).__name__}.{self.subject.forward} takes a part of the batch as its "
@@ -1325,6 +1379,10 @@ def _slopes_handed(run: functools.partial[Any], roots: list[Tensor]) -> list[Ten
     handed = asked.get("grad_tensors")
     slopes = [handed] if handed is None or isinstance(handed, Tensor) else list(handed)
     return [*slopes, *(None for _ in roots[len(slopes) :])]
+
+
+def _shapes(tensors: Tensors) -> list[torch.Size]:
+    return [leaf.shape for leaf in tensors.values()]
 
 
 def _is_state(root: Tensor) -> bool:

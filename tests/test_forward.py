@@ -1,6 +1,7 @@
 """Shapes: B sequences, K time steps in a chunk, I inputs, H hidden units, O outputs."""
 
 import random
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +71,26 @@ class Apart(Model):
         return self.scale * total(x, h, c), h, c
 
 
+class AllNames(Model):
+    def forward(self, **given: Any) -> tuple[Tensor, Any]:
+        return self.scale * total(given["inputs"], given["state"]), given["state"]
+
+
+class NamesAlone(Model):
+    def forward(self, *, state: Any = None, inputs: Any = None) -> tuple[Tensor, Any]:
+        return self.scale * total(inputs, state), state
+
+
+class Several(Model):
+    def forward(self, x: Tensor, *states: Any) -> Any:
+        return self.scale * total(x, states), *states
+
+
+class SeveralByName(Model):
+    def forward(self, x: Tensor, **states: Any) -> tuple[Tensor, Any]:
+        return self.scale * total(x, states), states
+
+
 class StateFirst(Model):
     def run(self, state: Any, x: Tensor) -> tuple[Any, Tensor]:
         return state, self.scale * total(x, state)
@@ -91,6 +112,15 @@ CALLS: dict[str, tuple[type[Model], dict[str, Any], tuple[Any, ...], dict[str, A
     "by name alone, with another": (ByNameAlone, {}, (X,), {"scale": 2.0, "state": H}),
     "by position alone": (ByPositionAlone, {}, (X, H), {}),
     "by any name": (AnyName, {"state": "state"}, (X,), {"state": H}),
+    "all by any name": (AllNames, {"state": "state"}, (), {"inputs": X, "state": H}),
+    "all by any name, turned round": (
+        AllNames,
+        {"state": "state"},
+        (),
+        {"state": H, "inputs": X},
+    ),
+    "all by name alone": (NamesAlone, {"state": "state"}, (), {"inputs": X, "state": H}),
+    "one of several": (Several, {}, (X, H), {}),
     "of anything": (Anything, {}, (X, H), {}),
     "with others behind": (ThenOthers, {}, (X, H, C, 3), {}),
     "behind a mask": (MaskFirst, {"state": "state"}, (X, C, H), {}),
@@ -167,6 +197,39 @@ def test_states_that_are_handed_over_apart_are_one_state() -> None:
     assert found.state == (H, C)
     assert args == (X, C, H)
     assert kwargs == {}
+
+
+@pytest.mark.parametrize("told", [{}, {"state": "states"}])
+def test_states_of_any_number_are_one_state(told: dict[str, str]) -> None:
+    forward = forward_of(Several(), **told)
+
+    found = forward.arguments((X, H, C), {})
+
+    assert found.state == (H, C)
+    assert forward.put(found, [C, H]) == ((X, C, H), {})
+    assert forward.came_out((X, H, C)) == (X, (H, C))
+    assert forward.came_out((X, [H])) == (X, H)
+    assert not forward.arguments((X,), {}).has_state
+
+
+def test_a_tuple_that_comes_alone_among_several_goes_in_as_one() -> None:
+    forward = forward_of(Several())
+
+    found = forward.arguments((X, (H, C)), {})
+
+    assert found.state == (H, C)
+    assert forward.put(found, (C, H)) == ((X, (C, H)), {})
+    assert forward.came_out((X, (H, C))) == (X, (H, C))
+
+
+def test_states_of_any_name_are_one_state() -> None:
+    forward = forward_of(SeveralByName(), state="states")
+
+    found = forward.arguments((X,), {"h": H, "c": C})
+
+    assert found.state == {"h": H, "c": C}
+    assert forward.put(found, {"h": C, "c": H}) == ((X,), {"h": C, "c": H})
+    assert not forward.arguments((X,), {}).has_state
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"x": X}])
@@ -271,6 +334,19 @@ class KeepsInDict(Model):
         return self._state["h"].sum()
 
 
+class KeepsInDeque(Model):
+    """The oldest of what it keeps has an effect."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.past: deque[Tensor] = deque(maxlen=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.past[0] if self.past else torch.zeros(2, 4)
+        self.past.append(before + self.scale * x.sum(dim=1))
+        return self.past[-1].sum()
+
+
 class Inside(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -285,6 +361,7 @@ KEEPERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a buffer": (KeepsInBuffer, "h"),
     "an object": (KeepsInObject, "memory"),
     "a dict": (KeepsInDict, "_state"),
+    "a deque": (KeepsInDeque, "past"),
     "a part's attribute": (Inside, "core.h"),
 }
 
@@ -350,7 +427,9 @@ def guessed(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[str, ...]:
     return forward.guess(before, arguments, module(*args, **kwargs))
 
 
-@pytest.mark.parametrize("name", ["an attribute", "a buffer", "a dict", "a part's attribute"])
+@pytest.mark.parametrize(
+    "name", ["an attribute", "a buffer", "a dict", "a deque", "a part's attribute"]
+)
 def test_where_a_state_is_kept_is_found_out(name: str) -> None:
     kind, attribute = KEEPERS[name]
 

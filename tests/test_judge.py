@@ -505,3 +505,4 @@ def test_another_loss_than_the_one_trained_on_is_named() -> None:
 
     assert cause.name == "the_loss_is_another_one"
     assert cause.fix.startswith("Subject(..., loss=...) with the very loss")
+    assert "loop changes the targets before its loss, leave out loss=" in cause.fix

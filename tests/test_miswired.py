@@ -7,7 +7,7 @@ import pytest
 import torch
 from gallery.broken import BROKEN
 from gallery.other_shapes import OTHER
-from gallery.strangers import seeded
+from gallery.strangers import StateComesFirst, StatesApart, StatesByName, seeded
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.functional import cross_entropy, l1_loss, mse_loss
@@ -207,3 +207,52 @@ def test_what_is_wired_rightly_is_not_refused() -> None:
     )
 
     assert not tb.check(turned, CASE).broken
+
+
+# Which argument is the state ----------------------------------------------------------------------
+
+
+class StateFirstByName(StateComesFirst):
+    """Its first call is without a state, so that nothing tells that its first argument is one."""
+
+    def forward(self, state: Any = None, inputs: Any = None) -> Any:  # type: ignore[override]
+        return super().forward(state, inputs)
+
+    def run(self, x: Tensor, state: Any) -> Any:
+        return self(inputs=x) if state is None else self(inputs=x, state=state)
+
+
+class MasksBehind(StatesApart):
+    """What it takes behind the inputs is no state, and what it returns last is none either."""
+
+    def forward(self, x: Tensor, *masks: Tensor) -> Any:
+        prediction, h, _ = super().forward(x)
+        return prediction, h, prediction
+
+    def run(self, x: Tensor, state: Any) -> Any:
+        prediction, *_ = self(x, torch.ones(3))
+        return prediction, []
+
+
+class TwoByName(StatesByName):
+    def forward(self, x: Tensor, **states: Tensor) -> Any:  # type: ignore[override]
+        prediction, after = super().forward(x, **states)
+        return prediction, (after["h"], after["c"])
+
+    def cut(self, state: Any) -> Any:
+        return {name: part.detach() for name, part in zip("hc", state, strict=True)}
+
+
+@pytest.mark.parametrize("make", [StateFirstByName, MasksBehind, TwoByName])
+def test_where_it_is_not_plain_which_argument_is_the_state_that_is_asked(
+    make: Callable[[tb.Case], nn.Module],
+) -> None:
+    with pytest.raises(tb.ObservationError, match=r"say which argument(s are| is) the state"):
+        tb.check(told(make)(CASE), CASE)
+
+
+def test_a_state_that_is_told_needs_no_first_call_with_it() -> None:
+    report = tb.check(told(StateFirstByName, state="state")(CASE), CASE)
+
+    assert not report.broken
+    assert "state_crosses_every_boundary" in {verdict.name for verdict in report.holds}

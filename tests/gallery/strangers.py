@@ -1848,6 +1848,127 @@ IN_PLAIN: dict[str, Any] = {
     "train": lambda module, batches: module.train_in_plain(batches),
     "contract": tb.Contract(update="batch"),
 }
+
+
+class CalledOtherwise(Loop):
+    """Calls its forward in a way of its own."""
+
+    def train_on(self, x: Tensor, y: Tensor, state: Any) -> Any:
+        opt: Any = self.optimizers()
+        prediction, state = self.run(x, state)
+        loss = self.loss(prediction, y)
+        opt.zero_grad()
+        self.manual_backward(loss)
+        opt.step()
+        return self.cut(state)
+
+    def run(self, x: Tensor, state: Any) -> Any:
+        return self(x, state)
+
+
+class StateComesFirst(CalledOtherwise):
+    def forward(self, state: Any, inputs: Tensor) -> Any:  # type: ignore[override]
+        features, state = self.core(inputs, state)
+        return self.readout(features), state
+
+    def run(self, x: Tensor, state: Any) -> Any:
+        return self(state, x)
+
+
+class ZerosComeFirst(StateComesFirst):
+    """Starts from zeros, and hands all over by name."""
+
+    def run(self, x: Tensor, state: Any) -> Any:
+        core: Any = self.core
+        start = torch.zeros(1, len(x), core.hidden_size)
+        return self(state=start if state is None else state, inputs=x)
+
+
+class FirstStateDropped(StateComesFirst):
+    def run(self, x: Tensor, state: Any) -> Any:
+        return self(None, x)
+
+
+class AllByName(CalledOtherwise):
+    """The first call is without a state."""
+
+    def forward(self, **given: Any) -> Any:  # type: ignore[override]
+        features, state = self.core(given["inputs"], given.get("state"))
+        return self.readout(features), state
+
+    def run(self, x: Tensor, state: Any) -> Any:
+        return self(inputs=x) if state is None else self(inputs=x, state=state)
+
+
+class StateByNameFirst(AllByName):
+    def run(self, x: Tensor, state: Any) -> Any:
+        return self(state=state, inputs=x)
+
+
+class NamedStateDropped(AllByName):
+    def run(self, x: Tensor, state: Any) -> Any:
+        return self(inputs=x, state=None)
+
+
+class Gated(CalledOtherwise):
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.core = nn.LSTM(case.inputs, case.hidden, batch_first=True)
+
+    def cut(self, state: Any) -> Any:
+        return [part.detach() for part in state]
+
+
+class StatesApart(Gated):
+    """As many states as there are come in behind the inputs, and out behind the prediction."""
+
+    def forward(self, x: Tensor, *states: Tensor) -> Any:
+        features, after = self.core(x, states or None)
+        return self.readout(features), *after
+
+    def run(self, x: Tensor, state: Any) -> Any:
+        prediction, *state = self(x, *(state or ()))
+        return prediction, state
+
+
+class StatesBehindTargets(StatesApart):
+    """Forward takes the targets as well, as that of Transformer-XL's authors does."""
+
+    def forward(self, x: Tensor, y: Tensor, *states: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(x, *states)
+
+    def train_on(self, x: Tensor, y: Tensor, state: Any) -> Any:
+        self.y = y
+        return super().train_on(x, y, state)
+
+    def run(self, x: Tensor, state: Any) -> Any:
+        prediction, *state = self(x, self.y, *(state or ()))
+        return prediction, state
+
+
+class OneOfTheStatesAttached(StatesApart):
+    def cut(self, state: Any) -> Any:
+        return [state[0].detach(), state[1]]
+
+
+class StatesByName(Gated):
+    def forward(self, x: Tensor, **states: Tensor) -> Any:  # type: ignore[override]
+        before = (states["h"], states["c"]) if states else None
+        features, (h, c) = self.core(x, before)
+        return self.readout(features), {"h": h, "c": c}
+
+    def run(self, x: Tensor, state: Any) -> Any:
+        return self(x, **(state or {}))
+
+    def cut(self, state: Any) -> Any:
+        return {name: part.detach() for name, part in state.items()}
+
+
+class OneByNameAttached(StatesByName):
+    def cut(self, state: Any) -> Any:
+        return {**super().cut(state), "h": state["h"]}
+
+
 OF_AN_UPDATE_IN_TWO = {
     "one_chunk_is_one_ordinary_update",
     "the_update_follows_the_optimizers_rule",
@@ -2044,6 +2165,16 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
         told(PredictsItsFeatures, loss=self_supervised),
         {"gradients_span_the_whole_chunk", "state_sums_up_the_chunk"},
     ),
+    "state_comes_first": (told(StateComesFirst), set()),
+    "zeros_come_first": (told(ZerosComeFirst), set()),
+    "all_by_name": (told(AllByName), set()),
+    "all_by_name_as_told": (told(AllByName, state="state"), set()),
+    "state_by_name_first": (told(StateByNameFirst), set()),
+    "states_apart": (told(StatesApart), set()),
+    "states_apart_as_told": (told(StatesApart, state="states"), set()),
+    "states_put_together": (told(StatesApart, outputs=lambda out: (out[0], out[1:])), set()),
+    "states_behind_targets": (told(StatesBehindTargets), {"state_sums_up_the_chunk"}),
+    "states_by_name": (told(StatesByName), set()),
     "counts_time_steps": (told(CountsTimeSteps), set()),
     "loop_counts": (told(LoopCounts), {"state_sums_up_the_chunk"}),
     "evaluates_twice": (told(EvaluatesTwice, loss=None), OF_A_CHUNK_RUN_ONCE),
@@ -2057,6 +2188,10 @@ RIGHT: dict[str, tuple[Build, set[str]]] = {
 WRONG: dict[str, tuple[Build, str]] = {
     "cuts_as_the_first_batch": (told(CutsAsTheFirstBatch), "chunks_tile_the_sequence"),
     "shortens_its_chunks": (told(ShortensItsChunks), "chunks_tile_the_sequence"),
+    "first_state_dropped": (told(FirstStateDropped), "state_crosses_every_boundary"),
+    "named_state_dropped": (told(NamedStateDropped), "state_crosses_every_boundary"),
+    "one_of_the_states_attached": (told(OneOfTheStatesAttached), "graph_crosses_no_boundary"),
+    "one_by_name_attached": (told(OneByNameAttached), "graph_crosses_no_boundary"),
     "counts_each_chunk": (told(CountsEachChunk), "state_crosses_every_boundary"),
     "twice_from_zeros": (
         told(EvaluatesTwiceFromZeros, loss=None),
