@@ -1,7 +1,8 @@
 """A mistake breaks the property that names it, for the cause that it is, and no others besides."""
 
 import pytest
-from gallery.mistakes import RIGHT, TILE, WRONG, CountsFullChunks, told
+from gallery.mistakes import RIGHT, TILE, WRONG, CountsFullChunks
+from gallery.strangers import told
 
 import tbptt_props as tb
 from tbptt_props.causes import WHOLE
