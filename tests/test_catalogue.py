@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from test_causes import CAUSES
-from test_faults import BREAKS, RESUMED
+from test_faults import APART, BREAKS, RESUMED
 from torch.nn.functional import mse_loss
 
 import tbptt_props as tb
@@ -168,9 +168,14 @@ def test_the_page_has_the_faults_that_there_are_with_their_mistakes() -> None:
     ]
 
 
+# What faults break besides at lengths that the few cases lack. Where B, T and K are all the same,
+# sequences and time steps that change places are time-first inputs, which a core mixes.
+AT_LENGTH = {"MixesBatchAndTime": {APART}}
+
+
 def test_the_page_names_the_properties_that_a_fault_breaks_and_its_cause() -> None:
     for name, cells in page().items():
         broken = set(re.findall("`(.*?)`", cells[2]))
-        assert broken - BREAKS[name] <= {RESUMED}, name  # at lengths that the few cases lack
+        assert broken - BREAKS[name] <= {RESUMED} | AT_LENGTH.get(name, set()), name
         assert broken >= BREAKS[name], name
         assert cells[6] == CAUSES[name]
