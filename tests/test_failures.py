@@ -88,7 +88,7 @@ state_crosses_every_boundary                                                 bro
 
   at                HERE   prediction, state = self(x, state)
   smallest case     Case(steps=5, chunk=2)
-  likely cause      No state is handed to forward: every chunk starts as if it were the first
+  likely cause      No state is handed to forward: a chunk starts as if it were the first
   try               prediction, state = self(x, state)""",
     ("CutsIntoKChunks", ALONE, "chunks_tile_the_sequence"): """\
 chunks_tile_the_sequence                                                  broken for CutsIntoKChunks
