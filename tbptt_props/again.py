@@ -14,7 +14,13 @@ from tbptt_props.compare import near
 from tbptt_props.forward import Arguments, Forward
 from tbptt_props.graph import nodes_behind
 from tbptt_props.layout import Heads, alike, of_parts
-from tbptt_props.process import drawn_to, has_drawn, randomness, set_randomness, starting_from
+from tbptt_props.process import (
+    drawn_to,
+    has_drawn,
+    kept_randomness,
+    set_randomness,
+    starting_from,
+)
 from tbptt_props.state import dense, leaves, map_tensors, value_of
 from tbptt_props.subject import ObservationError, Subject
 from tbptt_props.trace import REWORKED, Call, Given, Tensors
@@ -228,10 +234,9 @@ def _form_of(subject: Subject, given: Given, predictions: Sequence[Tensor], foun
     if len(predictions) == 1 or given.target is None or given.turns:
         return "whole"
     forms: tuple[Form, ...] = ("whole", "mean", "sum")
-    began = randomness()
-    trained = starting_from(began, as_trained)
-    losses = {form: trained(subject, given, predictions, form) for form in forms}
-    set_randomness(began)
+    with kept_randomness() as began:
+        trained = starting_from(began, as_trained)
+        losses = {form: trained(subject, given, predictions, form) for form in forms}
     return next((form for form in forms if near(float(losses[form]), found)), "whole")
 
 

@@ -22,7 +22,7 @@ from tbptt_props.graph import hooked
 from tbptt_props.layout import Loss, alike, of_parts
 from tbptt_props.live import LiveCall, LiveChunk, turns_of
 from tbptt_props.places import lanes_of, span_of, time_first
-from tbptt_props.process import has_drawn, randomness, set_randomness, starting_from
+from tbptt_props.process import has_drawn, kept_randomness, starting_from
 from tbptt_props.state import leaves, numbers
 from tbptt_props.subject import Subject
 from tbptt_props.trace import Call, Chunk, Flags, Given, Outcome, Place, Rule, Span
@@ -238,11 +238,10 @@ class Closing:
         def found(loss: Loss) -> tuple[Place, ...] | None:
             return targets_of(loss, prediction, cotangent, live.loss, batch, places)
 
-        now = randomness()  # the loop's own
-        targets = found(loss)
-        if has_drawn(now):
-            targets = found(starting_from(call.randomness, loss))  # as it did in the loop
-            set_randomness(now)
+        with kept_randomness() as now:  # the loop's own
+            targets = found(loss)
+            if has_drawn(now):
+                targets = found(starting_from(call.randomness, loss))  # as it did in the loop
         return targets
 
     def _is_reworked(self, live: LiveChunk) -> bool:

@@ -86,6 +86,16 @@ def set_randomness(state: tuple[Any, ...]) -> None:
     np.random.set_state(state[2])
 
 
+@contextlib.contextmanager
+def kept_randomness() -> Iterator[tuple[Any, ...]]:
+    """Leave the three generators as they were, whatever draws from them within the block."""
+    before = randomness()
+    try:
+        yield before
+    finally:
+        set_randomness(before)
+
+
 def starting_from(state: tuple[Any, ...], run: Callable[..., _Result]) -> Callable[..., _Result]:
     """Return what draws the same each time it is run, from what `randomness` returned on."""
 

@@ -489,9 +489,10 @@ def _tiles(
     fed = [(max(0, start - trace.context), stop) for start, stop in due]
     yield from _accounted("inputs", chunks, fed, sequences, padding, lambda c: c.inputs)
     for chunk in chunks:
-        if chunk.shuffled is not None:
-            steps = [step for sequence, step in chunk.inputs if sequence == chunk.shuffled]
-            where = f"{chunk}, inputs of sequence {chunk.shuffled}"
+        shuffled = chunk.shuffled
+        if shuffled is not None:
+            steps = [step for sequence, step in chunk.inputs if sequence == shuffled]
+            where = f"{chunk}, inputs of sequence {shuffled}"
             found_so = f"time steps {' '.join(map(str, steps))}"
             yield Violation(where, found_so, "in the order of time")
     if all(chunk.targets is not None for chunk in chunks):

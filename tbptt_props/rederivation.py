@@ -7,8 +7,7 @@ slope comes from values alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +32,7 @@ from tbptt_props.forward import Arguments, Forward
 from tbptt_props.graph import hooked
 from tbptt_props.layout import as_the_loss_takes
 from tbptt_props.precision import autocasting
-from tbptt_props.process import randomness, set_randomness
+from tbptt_props.process import kept_randomness
 from tbptt_props.rules import updated
 from tbptt_props.slopes import slopes_in_float64
 from tbptt_props.state import value_of
@@ -58,7 +57,7 @@ def rederive(
         return Expected(missing=RUN_AGAIN)
     device = torch.device(subject.device).type
     try:
-        with _kept_randomness(), as_written(), autocasting(given.autocast, device):
+        with kept_randomness(), as_written(), autocasting(given.autocast, device):
             return _rederived(subject, chunk, given, outcome, slope=slope, mixing=mixing)
     except ObservationError as error:  # the loss is none, or none of several calls' predictions
         if len(given.calls) == 1:
@@ -67,15 +66,6 @@ def rederive(
     except Exception as error:  # whatever a stranger's forward raises outside its loop
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return Expected(missing=f"forward could not be repeated outside training ({reason})")
-
-
-@contextmanager
-def _kept_randomness() -> Iterator[None]:
-    before = randomness()
-    try:
-        yield
-    finally:
-        set_randomness(before)
 
 
 def _rederived(
@@ -153,7 +143,7 @@ def steps_reached(subject: Subject, chunk: Chunk) -> frozenset[int] | None:
     if given is None or time is None or not given.calls[0].x.is_floating_point():
         return None
     try:
-        with _kept_randomness():
+        with kept_randomness():
             return _steps_reached(subject, given, time, min(step for _, step in chunk.inputs))
     except Exception:  # whatever a stranger's forward raises outside its loop
         return None
