@@ -186,9 +186,9 @@ def _kept_in_buffers(subject: Subject, given: Given, off: Off) -> bool:
     made = {name for name, value in ends[0].items() if not same(value, ends[1][name])}
     if not made:
         return False
-    nudged = {n: nudged(b) if n in made else b for n, b in given.buffers.items()}
+    others = {n: nudged(b) if n in made else b for n, b in given.buffers.items()}
     outcomes = []
-    for buffers in (given.buffers, nudged):
+    for buffers in (given.buffers, others):
         changed = replace(given, buffers=buffers)
         load_values(subject.module, changed)
         predictions, _ = forward_again(subject, changed, value_of(given.calls[0].state))

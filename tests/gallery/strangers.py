@@ -1560,6 +1560,25 @@ class ContextOfTheWhole(Loop):
 # What is wrong: one mistake each.
 
 
+class CutBesideAverages(Loop):
+    """Features are normed over the batch, and running averages of them kept, by which nothing goes.
+
+    Forward runs a chunk as two halves and cuts the state between them.
+    """
+
+    def __init__(self, case: tb.Case) -> None:
+        super().__init__(case)
+        self.norm = nn.BatchNorm1d(case.hidden)
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        features = []
+        for half in x.chunk(2, dim=1):
+            feature, state = self.core(half, None if state is None else state.detach())
+            features.append(feature)
+        normed = self.norm(torch.cat(features, dim=1).mT).mT
+        return self.readout(normed), state
+
+
 class StyleAttached(Style):
     """The state keeps its graph."""
 
@@ -2805,6 +2824,7 @@ WRONG: dict[str, tuple[Build, str]] = {
         told(ScoresItsFirstChunk, loss=None, contract=tb.Contract(update="batch")),
         "chunks_tile_the_sequence",
     ),
+    "cut_beside_averages": (told(CutBesideAverages), "gradients_span_the_whole_chunk"),
     "misnames_a_state": (told(MisnamesAState), "state_crosses_every_boundary"),
     "washed_out_too_shortly": (
         behind_the_washout(WashedOutTooShortly),
