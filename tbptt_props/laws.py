@@ -199,7 +199,7 @@ def _checkpoint(watch: Watch, start: int, state: Any = None, handed: bool = Fals
         batch=watch.batch,
         start=start,
         parameters={
-            name: _shared(watch.known.get(name), parameter)
+            name: _shared(watch.parameters.known.get(name), parameter)
             for name, parameter in parameters.items()
         },
         buffers={name: b.detach().clone() for name, b in watch.module.named_buffers()},

@@ -33,9 +33,8 @@ from tbptt_props.attributes import plain_attributes
 from tbptt_props.batch import Batch
 from tbptt_props.byhand import BY_HAND, Rate
 from tbptt_props.closing import Closing
-from tbptt_props.compare import close, difference, same, same_leaves
+from tbptt_props.compare import difference, same, same_leaves
 from tbptt_props.device import drawn
-from tbptt_props.embeddings import only_renormed
 from tbptt_props.forward import Arguments, Forward
 from tbptt_props.graph import (
     any_within,
@@ -51,12 +50,13 @@ from tbptt_props.layout import joined
 from tbptt_props.lineage import Lineage
 from tbptt_props.lines import calls_itself, users_line
 from tbptt_props.live import Canary, LiveCall, LiveChunk, Snapshot, joined_places, turns_of
+from tbptt_props.parameters import Parameters, stands
 from tbptt_props.places import by_memory, lanes_of, locate
 from tbptt_props.precision import autocast_in_force, keeps_casts
 from tbptt_props.process import Hung, Watchdog, drawn_to, randomness
 from tbptt_props.scaling import divided, is_told_to_skip, scale_of, scalers_watched
 from tbptt_props.standin import Original, standing_in
-from tbptt_props.state import dense, leaves, value_of
+from tbptt_props.state import leaves, value_of
 from tbptt_props.subject import ObservationError, Subject, WiringError
 from tbptt_props.trace import (
     Call,
@@ -150,16 +150,12 @@ class Watch:
         self.pristine = [batch.copied().moved(subject.device) for batch in batches]
         self.closing = Closing(subject, self.pristine, plan)
         self.forward = Forward(subject)
-        self.names = {id(p): name for name, p in self.module.named_parameters()}
+        self.parameters = Parameters(self.module)
         self.open: list[LiveCall] = []
         self.current: LiveChunk | None = None
         self.closed: list[Chunk] = []
         self.consumed: list[_Consumed] = []  # chunks gone by
         self.horizon = -1  # nodes up to here belong to chunks gone by
-        self.known: dict[str, Tensor] = {}  # the parameters when last looked at
-        self.known_when = "training began"
-        self.ever_trainable: frozenset[str] = frozenset()  # in some forward
-        self.moves: list[tuple[str, Difference]] = []
         self.memory: dict[int, tuple[type, Mapping[str, Any]]] = {}  # by parameter's id
         self.early: list[tuple[object, Rule]] = []
         self.beside: dict[str, Tensor] = {}  # gradients by losses on what the next chunk detached
@@ -262,7 +258,7 @@ class Watch:
 
     def moved_afterwards(self) -> bool:
         """Tell whether parameters moved when training was over: to their average, say."""
-        return any(self._moved(name) for name, _ in self.module.named_parameters())
+        return bool(self.parameters.moved())
 
     def training_begun(self, training: Training) -> None:
         """Note what is trained with, and the rules by which its optimizers update."""
@@ -581,7 +577,7 @@ class Watch:
             variable = getattr(node, "variable", None)
             if variable is not None:
                 found.add(id(variable))
-        return frozenset(self.names[i] for i in found if i in self.names)
+        return frozenset(self.parameters.names[i] for i in found if i in self.parameters.names)
 
     def _followed(self, whole: Any) -> Tensor | None:
         """Tell from what the loop made of the batch where inputs are from; watch it, if need be.
@@ -664,12 +660,10 @@ class Watch:
 
     def _snapshot(self) -> Snapshot:
         """Write down what forward may depend on; the parameters only if they are not known yet."""
-        trainable = frozenset(n for n, p in self.module.named_parameters() if p.requires_grad)
-        self.ever_trainable |= trainable
         return Snapshot(
-            parameters=self.known,
+            parameters=self.parameters.known,
             buffers={name: b.detach().clone() for name, b in self.module.named_buffers()},
-            trainable=trainable,
+            trainable=self.parameters.trainable(),
             attributes=plain_attributes(self.module),
             randomness=randomness(),
             autocast=autocast_in_force(self.device),
@@ -677,21 +671,7 @@ class Watch:
         )
 
     def _note_moves(self, until: str) -> None:
-        """Look at the parameters; what changed since they were last looked at was no update."""
-        now: dict[str, Tensor] = {}
-        for name, parameter in self.module.named_parameters():
-            before = self.known.get(name)
-            if before is not None and same(parameter, before):
-                continue
-            now[name] = parameter.detach().clone()
-            if before is None or before.shape != now[name].shape or not self._trained(name):
-                continue
-            if not only_renormed(self.module, parameter, before):
-                moved = difference(name, now[name], before)
-                self.moves.append((f"between {self.known_when} and {until}", moved))
-        if now:
-            self.known = {**self.known, **now}
-        self.known_when = until
+        self.parameters.look(until, self._trained)
 
     def _begin_anew(self) -> None:
         """Take the parameters as they are for those that training begins with.
@@ -700,7 +680,7 @@ class Watch:
         """
         if not self.updates:
             self._note_moves("forward")
-            self.moves = []
+            self.parameters.taken_moves()
 
     def _trained(self, name: str) -> bool:
         """Tell whether an optimizer reads a parameter, as far as optimizers are known.
@@ -708,7 +688,7 @@ class Watch:
         It may own one that never wants a gradient: an average of others, which the loop keeps.
         """
         owned = {n for optimizer in self.training.optimizers for n in self._owned(optimizer)}
-        return name in self.ever_trainable and (not owned or name in owned)
+        return name in self.parameters.ever_trainable and (not owned or name in owned)
 
     # Backward -------------------------------------------------------------------------------
 
@@ -744,7 +724,8 @@ class Watch:
                 handed = [r for r, slope in zip(roots, slopes, strict=True) if slope is not None]
                 chunk.by_slope = chunk.by_slope or any(root.dim() > 0 for root in handed)
                 chunk.chained = chunk.chained or any(map(_is_state, handed))
-                used = {n: g for n, g in caught.items() if not self.by_hand or self._moved(n)}
+                moved = self.parameters.moved() if self.by_hand and caught else caught.keys()
+                used = {n: g for n, g in caught.items() if n in moved}
                 self._take_gradients(chunk, used)
                 self._take_beside(chunk)
                 chunk.complete = True
@@ -768,7 +749,7 @@ class Watch:
         """Take what was cleared since a chunk's first backward for clear: a second loss follows."""
         chunk = self.current
         if chunk is not None and chunk.complete:
-            chunk.dirty = tuple(n for n in chunk.dirty if self._has_gradient(n))
+            chunk.dirty = tuple(n for n in chunk.dirty if self.parameters.has_gradient(n))
 
     def _past_forward(self, run: Callable[[], Any], numbers: list[int]) -> Any:
         """Run a backward that comes to no prediction: a discriminator's, on what is detached.
@@ -782,13 +763,13 @@ class Watch:
         if not over or not anew or self.subject.contract.adds_up or not self.in_batch:
             return run()
         with self._own_code():
-            before = self._gradients(handed=None)
+            before = self.parameters.gradients()
         result = run()
         with self._own_code():
-            after = self._gradients(handed=before)
+            after = self.parameters.gradients(handed=before)
             left = {n: g for n, g in after.items() if g is not before.get(n)}
             if chunk is None or self._is_updated(chunk, left):
-                self.added |= {n for n in left.keys() - self.beside if _stands(before.get(n))}
+                self.added |= {n for n in left.keys() - self.beside if stands(before.get(n))}
                 self.beside.update(left)
             else:
                 chunk.gradients = {**chunk.gradients, **left}
@@ -805,7 +786,7 @@ class Watch:
         if self.subject.loss is not None:
             return frozenset()
         past = variables_past(roots, _PREDICTION)
-        return frozenset(self.names[i] for i in past if i in self.names)
+        return frozenset(self.parameters.names[i] for i in past if i in self.parameters.names)
 
     @contextlib.contextmanager
     def _catching_gradients(self) -> Iterator[dict[str, Tensor]]:
@@ -820,16 +801,9 @@ class Watch:
             yield caught
             self.used_up = None
 
-    def _has_gradient(self, name: str) -> bool:
-        return _stands(self.module.get_parameter(name).grad)
-
-    def _moved(self, name: str) -> bool:
-        """Tell whether a parameter is not as it was when it was last looked at."""
-        return name in self.known and not same(self.module.get_parameter(name), self.known[name])
-
     def _take_gradients(self, chunk: LiveChunk, used: Tensors) -> None:
         """Copy the gradients that backward left; those that stood before are not the chunk's."""
-        chunk.gradients = {**self._gradients(handed=None), **used}
+        chunk.gradients = {**self.parameters.gradients(), **used}
         if chunk.standing:
             chunk.left = chunk.gradients
             chunk.gradients = {
@@ -950,7 +924,7 @@ class Watch:
         elif self.subject.contract.adds_up and asked.returned:
             self._add_up(chunk, asked.returned, before)
         else:
-            chunk.gradients = self._gradients(handed=None)
+            chunk.gradients = self.parameters.gradients()
         self._take_beside(chunk)
         chunk.complete = True
         if self.lightning_updates is not None:
@@ -1046,7 +1020,7 @@ class Watch:
             return False
         there = now.snapshot.parameters
         moved = not same_leaves(before.snapshot.parameters, there)
-        return moved and not any(map(self._has_gradient, self.names.values()))
+        return moved and not any(map(self.parameters.has_gradient, self.parameters.names.values()))
 
     def _is_other_sequences_turn(self, calls: list[LiveCall]) -> bool:
         """Tell whether calls run the current chunk's time steps of sequences it has not had yet.
@@ -1061,7 +1035,7 @@ class Watch:
     def _begin_chunk(
         self, calls: list[LiveCall], numbers: list[int], step: object | None
     ) -> LiveChunk:
-        followed, self.moves = self.moves, []
+        followed = self.parameters.taken_moves()
         self._close_current(calls)
         events: list[Kind] = ["forward"] * len(calls)
         early, self.early = self.early, []
@@ -1080,7 +1054,7 @@ class Watch:
             dirty=tuple(
                 name
                 for name, p in self.module.named_parameters()
-                if name in self.added or (name not in self.beside and _stands(p.grad))
+                if name in self.added or (name not in self.beside and stands(p.grad))
             ),
             rules=[rule for _, rule in early],
             mode=all(call.training for call in calls),
@@ -1091,7 +1065,7 @@ class Watch:
         )
         chunk.note_line("forward", calls[0].line)
         if self.subject.contract.adds_up and not self._opens():
-            chunk.standing = {n: g for n, g in self._gradients(handed=None).items() if g.any()}
+            chunk.standing = {n: g for n, g in self.parameters.gradients().items() if g.any()}
             chunk.dirty = ()
         self.fresh_batch = False
         self.in_this_batch += 1
@@ -1120,18 +1094,6 @@ class Watch:
         ]
         return tuple(Leak(through, into, known, summed) for through in paths or [""])
 
-    def _gradients(self, handed: Tensors | None) -> Tensors:
-        """Copy the gradients, or take those of `handed` that they are equal to."""
-        found = {}
-        for name, parameter in self.module.named_parameters():
-            if parameter.grad is None:
-                continue
-            gradient = dense(parameter.grad.detach())
-            known = handed.get(name) if handed is not None else None
-            equal = known is not None and same(gradient, known)
-            found[name] = known if equal and known is not None else gradient.clone()
-        return found
-
     # Update ---------------------------------------------------------------------------------
 
     def _before_dividing(self, optimizer: Optimizer) -> None:
@@ -1140,7 +1102,7 @@ class Watch:
         if self._elsewhere() or chunk is None:
             return
         left, names = chunk.left or chunk.gradients, {*self._owned(optimizer)}
-        now = self._gradients(handed=left)
+        now = self.parameters.gradients(handed=left)
         intact = all(g is left.get(name) for name, g in now.items() if name in names)
         chunk.divided = intact and chunk.divided is not False
 
@@ -1175,7 +1137,7 @@ class Watch:
 
         def watched_closure() -> Any:
             if not rules:
-                self._take_parameters()  # the update may go up the slope before it asks for it
+                self.parameters.take()  # the update may go up the slope before it asks for it
             result = closure()
             if not rules:  # what comes after is moved by the update itself
                 rules.append(self._rule(optimizer))
@@ -1187,10 +1149,10 @@ class Watch:
 
     def _owned(self, optimizer: Optimizer) -> list[str]:
         return [
-            self.names[id(p)]
+            self.parameters.names[id(p)]
             for group in optimizer.param_groups
             for p in group["params"]
-            if id(p) in self.names
+            if id(p) in self.parameters.names
         ]
 
     def _each_owned(self, trainable: frozenset[str]) -> tuple[frozenset[str], ...]:
@@ -1210,18 +1172,18 @@ class Watch:
         self._forget_what_came_back()
         names = set(self._owned(optimizer))
         known = (self.current.left or self.current.gradients) if self.current else None
-        gradients = self._gradients(handed=known)
+        gradients = self.parameters.gradients(handed=known)
         if self.used_up is not None:  # a hook of backward's makes the update, and may clear them
             self.used_up.update({n: g for n, g in gradients.items() if n in names})
         return Rule(
             optimizer=optimizer,
             groups=tuple(
-                {**group, "params": [self.names.get(id(p), "") for p in group["params"]]}
+                {**group, "params": [self.parameters.names.get(id(p), "") for p in group["params"]]}
                 for group in optimizer.param_groups
             ),
             memory=self._remembered(optimizer),
             handed={n: divided(optimizer, g) for n, g in gradients.items() if n in names},
-            before=self.known,
+            before=self.parameters.known,
         )
 
     def _forget_what_came_back(self) -> None:
@@ -1230,11 +1192,10 @@ class Watch:
         What is taken off again comes back but for rounding.
         """
         chunk = self.current
-        if chunk is None or chunk.evaluations == 1 or not self.moves:
+        if chunk is None or chunk.evaluations == 1 or not self.parameters.moves:
             return
-        began = chunk.calls[0].snapshot.parameters
-        if all(close(p, self.known[name], rounded=False) for name, p in began.items()):
-            self.moves = []
+        if self.parameters.came_back_to(chunk.calls[0].snapshot.parameters):
+            self.parameters.taken_moves()
 
     def _remembered(self, optimizer: Optimizer) -> dict[str, Mapping[str, Any]]:
         """Return what the update before left in the optimizer's memory, or what is there now."""
@@ -1244,7 +1205,7 @@ class Watch:
                 kind, memory = self.memory.get(id(p), (None, None))
                 if kind is not type(optimizer) or memory is None:
                     memory = value_of(dict(optimizer.state.get(p, {})))
-                found[self.names.get(id(p), "")] = memory
+                found[self.parameters.names.get(id(p), "")] = memory
         return found
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -1262,7 +1223,7 @@ class Watch:
         _, _, rules = self.steps.pop()
         rule = rules[-1] if rules else self._rule(optimizer)
         if vars(optimizer).get("_optimizer_step_pre_hooks"):  # which come after torch's own
-            met = self._gradients(handed=rule.handed)
+            met = self.parameters.gradients(handed=rule.handed)
             changed = {n: divided(optimizer, met[n]) for n in rule.handed if n in met}
             rule = replace(rule, handed={**rule.handed, **changed})
         self.updates += 1
@@ -1270,23 +1231,13 @@ class Watch:
             for p in group["params"]:
                 memory = value_of(dict(optimizer.state.get(p, {})))
                 self.memory[id(p)] = (type(optimizer), memory)
-        self._take_parameters()
-        self._attribute(optimizer, replace(rule, after=self.known))
+        self.parameters.take()
+        self._attribute(optimizer, replace(rule, after=self.parameters.known))
 
     def _goes_by_beside(self, rule: Rule) -> bool:
         """Tell whether an update goes by nothing but losses on what the next chunk detached."""
-        by = {name for name, gradient in rule.handed.items() if _stands(gradient)}
+        by = {name for name, gradient in rule.handed.items() if stands(gradient)}
         return bool(by) and by <= self.beside.keys()
-
-    def _take_parameters(self) -> None:
-        """Look at the parameters right after an update, which may move them."""
-        now = {
-            name: parameter.detach().clone()
-            for name, parameter in self.module.named_parameters()
-            if name not in self.known or not same(parameter, self.known[name])
-        }
-        self.known = {**self.known, **now}
-        self.known_when = "the update"
 
     def _attribute(self, optimizer: object, rule: Rule) -> None:
         """Give the update to the chunk it belongs to: the last one with a backward, as a rule."""
@@ -1307,8 +1258,7 @@ class Watch:
             chunk.note_line("update", users_line())
         chunk.rules.append(rule)
         chunk.updated_by.append(id(optimizer))
-        chunk.moved.extend(self.moves)
-        self.moves = []
+        chunk.moved.extend(self.parameters.taken_moves())
 
     def _put_off(self, optimizer: object, rule: Rule) -> None:
         """Keep an update for the chunk whose backward comes next, if one does."""
@@ -1339,22 +1289,22 @@ class Watch:
         if not self.by_hand:
             self._take_spent()
             return
-        moved = {name for name, _ in self.module.named_parameters() if self._moved(name)}
+        moved = self.parameters.moved()
         if moved or (self.tentative is not None and self.tentative.spent):
             self._take_tentative()
         chunk = self.current
         if not moved or chunk is None or not chunk.complete or chunk.events[-1] != "backward":
             return
         self.moved_by_hand |= moved
-        before = self.known
-        self._take_parameters()
+        before = self.parameters.known
+        self.parameters.take()
         rule = Rule(
             optimizer=BY_HAND,
             groups=({"params": sorted(self.moved_by_hand)},),
             memory={},
             handed=chunk.left or chunk.gradients,
             before=before,
-            after=self.known,
+            after=self.parameters.known,
         )
         self.rate.met(rule)
         self._attribute(BY_HAND, rule)
@@ -1471,10 +1421,6 @@ def _only_layer(module: nn.Module) -> str | None:
 def _bidirectional(module: nn.Module) -> list[tuple[str, nn.RNNBase]]:
     layers = [(name, m) for name, m in module.named_modules() if isinstance(m, nn.RNNBase)]
     return [(name, layer) for name, layer in layers if layer.bidirectional]
-
-
-def _stands(gradient: Tensor | None) -> bool:
-    return gradient is not None and bool(dense(gradient).any())
 
 
 def _has_row(tensors: Tensors, row: Tensor) -> bool:
