@@ -37,6 +37,7 @@ from tbptt_props.contract import Contract
 from tbptt_props.device import repeats_itself
 from tbptt_props.forward import Arguments, Forward
 from tbptt_props.layout import joined, lies_across
+from tbptt_props.optimizers import rates_of
 from tbptt_props.places import span_of
 from tbptt_props.precision import SKIPPED, overflowed, rounding
 from tbptt_props.process import Watchdog, randomness, set_randomness
@@ -60,7 +61,7 @@ from tbptt_props.trace import (
     time_dimension,
 )
 from tbptt_props.train import train
-from tbptt_props.watch import Training, Watch, rates_of
+from tbptt_props.watch import Training, Watch
 
 Fresh = Callable[[], Subject]
 Counts = Mapping[int | str, Any]  # arguments that may count, by position or name

@@ -50,6 +50,7 @@ from tbptt_props.layout import joined
 from tbptt_props.lineage import Lineage
 from tbptt_props.lines import calls_itself, users_line
 from tbptt_props.live import Canary, LiveCall, LiveChunk, Snapshot, joined_places, turns_of
+from tbptt_props.optimizers import Optimizers, Step, rates_of
 from tbptt_props.parameters import Parameters, stands
 from tbptt_props.places import by_memory, lanes_of, locate
 from tbptt_props.precision import autocast_in_force, keeps_casts
@@ -151,17 +152,15 @@ class Watch:
         self.closing = Closing(subject, self.pristine, plan)
         self.forward = Forward(subject)
         self.parameters = Parameters(self.module)
+        self.optimizers = Optimizers(self.parameters)
         self.open: list[LiveCall] = []
         self.current: LiveChunk | None = None
         self.closed: list[Chunk] = []
         self.consumed: list[_Consumed] = []  # chunks gone by
         self.horizon = -1  # nodes up to here belong to chunks gone by
-        self.memory: dict[int, tuple[type, Mapping[str, Any]]] = {}  # by parameter's id
         self.early: list[tuple[object, Rule]] = []
         self.beside: dict[str, Tensor] = {}  # gradients by losses on what the next chunk detached
         self.added: set[str] = set()  # those of them that were added to what stood there
-        self.steps: list[tuple[object, Optimizer, list[Rule]]] = []  # optimizer steps under way
-        self.inner: list[Optimizer] = []  # those by which they are made
         self.graphs: list[_Graph] = []
         self.outlived: list[str] = []
         self.halted = False
@@ -180,8 +179,6 @@ class Watch:
         self.updates = 0
         self.moved_apart = False  # by an update that came before any chunk's backward
         self.tentative: _Asked | None = None
-        self.made: list[weakref.ref[Optimizer]] = []  # optimizers, while training
-        self.optimized = False  # an optimizer of the module's was met
         self.moved_by_hand: set[str] = set()
         self.rate = Rate()  # of updates by hand
         self.calls_ever = 0
@@ -263,6 +260,7 @@ class Watch:
     def training_begun(self, training: Training) -> None:
         """Note what is trained with, and the rules by which its optimizers update."""
         self.training = training
+        self.optimizers.told = training.optimizers
         self.lightning_updates = training.updates
         self._note_moves("training began")
         if self.keeps_first:
@@ -300,7 +298,7 @@ class Watch:
                 undo.enter_context(standing_in(layer, "forward", _after(look)))
             undo.enter_context(self._wrapped_autograd("backward", self._backward))
             undo.enter_context(self._wrapped_autograd("grad", self._grad))
-            undo.enter_context(self._wrapped_making_of_optimizers())
+            undo.enter_context(self.optimizers.noticed())
             undo.enter_context(scalers_watched(self._before_dividing))
             undo.callback(register_optimizer_step_pre_hook(self._before_step).remove)
             undo.callback(register_optimizer_step_post_hook(self._after_step).remove)
@@ -357,23 +355,6 @@ class Watch:
             yield
         finally:
             setattr(torch.autograd, name, original)
-
-    @contextlib.contextmanager
-    def _wrapped_making_of_optimizers(self) -> Iterator[None]:
-        kind: Any = Optimizer
-        original = kind.__init__
-
-        @functools.wraps(original)
-        def made(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-            original(optimizer, *args, **kwargs)
-            self.optimized = self.optimized or bool(self._owned(optimizer))
-            self.made.append(weakref.ref(optimizer))
-
-        kind.__init__ = made
-        try:
-            yield
-        finally:
-            kind.__init__ = original
 
     # Forward --------------------------------------------------------------------------------
 
@@ -544,7 +525,7 @@ class Watch:
         self._note_update_by_hand()
         if self.before_call:
             self.before_call(self, places, arguments)
-        if not (self.steps and self.steps[-1][2]):  # an update has begun to move parameters
+        if not self.optimizers.moving:
             self._note_moves("forward")
         state = arguments.state
         attached = {path: leaf for path, leaf in leaves(state).items() if leaf.grad_fn}
@@ -564,7 +545,7 @@ class Watch:
             attached=oldest,
             feeding=self._feeding((state, arguments.others)),
             embedding=self._feeding(arguments.x),
-            step=self.steps[-1][0] if self.steps else None,
+            step=self.optimizers.token,
             line=users_line(),
             followed=followed,
         )
@@ -671,7 +652,7 @@ class Watch:
         )
 
     def _note_moves(self, until: str) -> None:
-        self.parameters.look(until, self._trained)
+        self.parameters.look(until, self.optimizers.trains)
 
     def _begin_anew(self) -> None:
         """Take the parameters as they are for those that training begins with.
@@ -681,14 +662,6 @@ class Watch:
         if not self.updates:
             self._note_moves("forward")
             self.parameters.taken_moves()
-
-    def _trained(self, name: str) -> bool:
-        """Tell whether an optimizer reads a parameter, as far as optimizers are known.
-
-        It may own one that never wants a gradient: an average of others, which the loop keeps.
-        """
-        owned = {n for optimizer in self.training.optimizers for n in self._owned(optimizer)}
-        return name in self.parameters.ever_trainable and (not owned or name in owned)
 
     # Backward -------------------------------------------------------------------------------
 
@@ -778,7 +751,7 @@ class Watch:
 
     def _is_updated(self, chunk: LiveChunk, names: Iterable[str]) -> bool:
         """Tell whether all optimizers that own any of the parameters made the chunk's update."""
-        owners = [o for o in self._optimizers() if not {*self._owned(o)}.isdisjoint(names)]
+        owners = self.optimizers.owners(names)
         return bool(owners) and all(id(owner) in chunk.updated_by for owner in owners)
 
     def _besides(self, roots: list[Tensor]) -> frozenset[str]:
@@ -968,7 +941,7 @@ class Watch:
     def _chunk_of(self, numbers: list[int]) -> LiveChunk | None:
         """Find the chunk that a backward through these nodes belongs to; begin one if need be."""
         reached = [c for c in self.open if any_within(numbers, c.opened, c.closed)]
-        step = self.steps[-1][0] if self.steps else None
+        step = self.optimizers.token
         if not reached:
             within = self.current and any(
                 any_within(numbers, c.opened, c.closed) for c in self.current.calls
@@ -1101,87 +1074,57 @@ class Watch:
         chunk = self.current
         if self._elsewhere() or chunk is None:
             return
-        left, names = chunk.left or chunk.gradients, {*self._owned(optimizer)}
+        left, names = chunk.left or chunk.gradients, {*self.optimizers.owned(optimizer)}
         now = self.parameters.gradients(handed=left)
         intact = all(g is left.get(name) for name, g in now.items() if name in names)
         chunk.divided = intact and chunk.divided is not False
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        if self._elsewhere() or not self._owned(optimizer) or is_told_to_skip(optimizer):
+        if self._elsewhere() or not self.optimizers.owned(optimizer) or is_told_to_skip(optimizer):
             return None
-        if self._is_inner(optimizer):
-            self.inner.append(optimizer)
+        step = self.optimizers.enter(optimizer)
+        if step is None:
             return None
         with self._own_code():
-            return self._met(optimizer, args, kwargs)
+            return self._began(step, args, kwargs)
 
-    def _is_inner(self, optimizer: Optimizer) -> bool:
-        """Tell whether an optimizer is making its update by this step: it wraps it, or inherits.
-
-        A step that calls the one it overrides comes here twice, if torch has patched both.
-        """
-        return any({*self._owned(optimizer)} <= {*self._owned(outer)} for _, outer, _ in self.steps)
-
-    def _met(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+    def _began(self, step: Step, args: Any, kwargs: Any) -> Any:
+        """Look at an update that begins; return the arguments to call it with, if others."""
         self.watchdog.fed()
-        self.optimized = True
-        rules: list[Rule] = []
-        self.steps.append((object(), optimizer, rules))
-        if any(optimizer is known for known in self.training.optimizers):
-            self.rates += rates_of(optimizer)
+        if any(step.optimizer is known for known in self.training.optimizers):
+            self.rates += rates_of(step.optimizer)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
-            rules.append(self._rule(optimizer))
+            step.rules.append(self._rule(step.optimizer))
             return None
         self._note_moves("the update")
 
         def watched_closure() -> Any:
-            if not rules:
+            if not step.rules:
                 self.parameters.take()  # the update may go up the slope before it asks for it
             result = closure()
-            if not rules:  # what comes after is moved by the update itself
-                rules.append(self._rule(optimizer))
+            if not step.rules:  # what comes after is moved by the update itself
+                step.rules.append(self._rule(step.optimizer))
             return result
 
         if len(args) > 1:
             return (args[0], watched_closure, *args[2:]), kwargs
         return args, {**kwargs, "closure": watched_closure}
 
-    def _owned(self, optimizer: Optimizer) -> list[str]:
-        return [
-            self.parameters.names[id(p)]
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if id(p) in self.parameters.names
-        ]
-
-    def _each_owned(self, trainable: frozenset[str]) -> tuple[frozenset[str], ...]:
-        """Return what each optimizer owns, of those that train any of the parameters."""
-        owned = [frozenset(self._owned(optimizer)) for optimizer in self._optimizers()]
-        return tuple(names for names in owned if names & trainable)
-
-    def _optimizers(self) -> Sequence[Optimizer]:
-        """Return those that are known to train the module, or that training itself has made."""
-        alive = (ref() for ref in self.made)
-        return self.training.optimizers or [o for o in alive if o is not None]
-
     def _rule(self, optimizer: Optimizer) -> Rule:
         """Write down what an update is about to go by."""
         self._take_tentative()
         self._note_moves("the update")
         self._forget_what_came_back()
-        names = set(self._owned(optimizer))
+        names = set(self.optimizers.owned(optimizer))
         known = (self.current.left or self.current.gradients) if self.current else None
         gradients = self.parameters.gradients(handed=known)
         if self.used_up is not None:  # a hook of backward's makes the update, and may clear them
             self.used_up.update({n: g for n, g in gradients.items() if n in names})
         return Rule(
             optimizer=optimizer,
-            groups=tuple(
-                {**group, "params": [self.parameters.names.get(id(p), "") for p in group["params"]]}
-                for group in optimizer.param_groups
-            ),
-            memory=self._remembered(optimizer),
+            groups=self.optimizers.groups(optimizer),
+            memory=self.optimizers.memory(optimizer),
             handed={n: divided(optimizer, g) for n, g in gradients.items() if n in names},
             before=self.parameters.known,
         )
@@ -1197,40 +1140,22 @@ class Watch:
         if self.parameters.came_back_to(chunk.calls[0].snapshot.parameters):
             self.parameters.taken_moves()
 
-    def _remembered(self, optimizer: Optimizer) -> dict[str, Mapping[str, Any]]:
-        """Return what the update before left in the optimizer's memory, or what is there now."""
-        found = {}
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                kind, memory = self.memory.get(id(p), (None, None))
-                if kind is not type(optimizer) or memory is None:
-                    memory = value_of(dict(optimizer.state.get(p, {})))
-                found[self.parameters.names.get(id(p), "")] = memory
-        return found
-
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._elsewhere():
-            return
-        if self.inner and self.inner[-1] is optimizer:
-            self.inner.pop()
-            return
-        if not self.steps or self.steps[-1][1] is not optimizer:
-            return
-        with self._own_code():
-            self._made(optimizer)
+        step = None if self._elsewhere() else self.optimizers.leave(optimizer)
+        if step is not None:
+            with self._own_code():
+                self._ended(step)
 
-    def _made(self, optimizer: Optimizer) -> None:
-        _, _, rules = self.steps.pop()
-        rule = rules[-1] if rules else self._rule(optimizer)
+    def _ended(self, step: Step) -> None:
+        """Look at what an update has made of the parameters, and give it to its chunk."""
+        optimizer = step.optimizer
+        rule = step.rules[-1] if step.rules else self._rule(optimizer)
         if vars(optimizer).get("_optimizer_step_pre_hooks"):  # which come after torch's own
             met = self.parameters.gradients(handed=rule.handed)
             changed = {n: divided(optimizer, met[n]) for n in rule.handed if n in met}
             rule = replace(rule, handed={**rule.handed, **changed})
         self.updates += 1
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                memory = value_of(dict(optimizer.state.get(p, {})))
-                self.memory[id(p)] = (type(optimizer), memory)
+        self.optimizers.remember(optimizer)
         self.parameters.take()
         self._attribute(optimizer, replace(rule, after=self.parameters.known))
 
@@ -1271,7 +1196,7 @@ class Watch:
     @property
     def by_hand(self) -> bool:
         """Whether no optimizer of torch's is known to train the module."""
-        return not self.optimized and not any(map(self._owned, self.training.optimizers))
+        return not self.optimizers.any_known
 
     def _look_at_parameters(self, until: str) -> None:
         self._note_update_by_hand()
@@ -1335,7 +1260,7 @@ class Watch:
             chunk = self.closing.chunk(
                 live,
                 initial=self.initial_state,
-                optimizers=self._each_owned(live.calls[0].snapshot.trainable),
+                optimizers=self.optimizers.each_owned(live.calls[0].snapshot.trainable),
                 halted=self.halted,
                 following=following,
             )
@@ -1394,11 +1319,6 @@ class Watch:
             if then is None or now.shape != then.shape or same(now, then):
                 continue
             self.changed.append((index, difference(name, now, then)))
-
-
-def rates_of(optimizer: Optimizer) -> list[float]:
-    """Return the learning rate of each of an optimizer's groups."""
-    return [float(group.get("lr", 0.0)) for group in optimizer.param_groups]
 
 
 def _after(look: Callable[[Any, Any], None]) -> Callable[[Original, Any, Any], Any]:

@@ -81,6 +81,7 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
         },
         "miswired": {"batch", "compare", "layout", "state", "subject", "trace"},
         "parameters": {"compare", "embeddings", "state", "trace"},
+        "optimizers": {"parameters", "state", "trace"},
         "watch": {
             "attributes",
             "batch",
@@ -94,6 +95,7 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
             "lineage",
             "lines",
             "live",
+            "optimizers",
             "parameters",
             "places",
             "precision",
@@ -165,6 +167,7 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
             "device",
             "forward",
             "layout",
+            "optimizers",
             "places",
             "precision",
             "process",
