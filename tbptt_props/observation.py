@@ -132,7 +132,7 @@ def run(fresh: Fresh, case: Case, hand_on: Callable[[Chunk], None]) -> Trace:
         padding=tuple(batch.padding for batch in batches),
         chunks=tuple(watch.closed),
         halt=halt,
-        outlived=tuple(dict.fromkeys(watch.outlived)),
+        outlived=tuple(dict.fromkeys(watch.past.outlived)),
         watched=watch.watched,
         updates=watch.updates,
         moved_apart=watch.moved_apart,

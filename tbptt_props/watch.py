@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import inspect
 import threading
 import weakref
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -48,10 +46,11 @@ from tbptt_props.graph import (
 )
 from tbptt_props.layout import joined
 from tbptt_props.lineage import Lineage
-from tbptt_props.lines import calls_itself, users_line
+from tbptt_props.lines import users_line
 from tbptt_props.live import Canary, LiveCall, LiveChunk, Snapshot, joined_places, turns_of
 from tbptt_props.optimizers import Optimizers, Step, rates_of
 from tbptt_props.parameters import Parameters, stands
+from tbptt_props.past import Past
 from tbptt_props.places import by_memory, lanes_of, locate
 from tbptt_props.precision import autocast_in_force, keeps_casts
 from tbptt_props.process import Hung, Watchdog, drawn_to, randomness
@@ -64,7 +63,6 @@ from tbptt_props.trace import (
     Chunk,
     Difference,
     Kind,
-    Leak,
     Rule,
     Span,
     Tensors,
@@ -73,9 +71,6 @@ from tbptt_props.trace import (
 
 _PREDICTION = "tbptt prediction"  # marks its node in the graph
 _STATE = "tbptt state"
-
-
-_Graph = tuple[int, str, list[weakref.ref[Canary]]]  # a chunk's: its batch, its name, its canaries
 
 
 @dataclass
@@ -121,16 +116,6 @@ class _Asked:
     besides: frozenset[str]  # parameters that the loss reaches past the predictions
 
 
-@dataclass(frozen=True)
-class _Consumed:
-    """Where the graph of a chunk gone by lies among all of autograd's nodes."""
-
-    opened: int
-    closed: int  # by its last call of forward: what follows until backward makes its loss
-    begun: int  # its backward
-    label: str
-
-
 class Watch:
     """Writes down, chunk by chunk, what a module's training does; hands each on when it is over."""
 
@@ -156,13 +141,10 @@ class Watch:
         self.open: list[LiveCall] = []
         self.current: LiveChunk | None = None
         self.closed: list[Chunk] = []
-        self.consumed: list[_Consumed] = []  # chunks gone by
-        self.horizon = -1  # nodes up to here belong to chunks gone by
+        self.past = Past()
         self.early: list[tuple[object, Rule]] = []
         self.beside: dict[str, Tensor] = {}  # gradients by losses on what the next chunk detached
         self.added: set[str] = set()  # those of them that were added to what stood there
-        self.graphs: list[_Graph] = []
-        self.outlived: list[str] = []
         self.halted = False
         self.watched = 0
         self.rates: list[float] = []  # of updates, in their order
@@ -238,7 +220,7 @@ class Watch:
         self._look_at_parameters(f"the end of batch {index}")
         self._drop_open_calls()
         self._close_current()
-        self._note_graphs()
+        self.past.look(self.training.let_go)
         self._note_changes(index)
 
     def backward_announced(self, loss: Tensor) -> None:
@@ -731,7 +713,7 @@ class Watch:
         that comes next if this one has had the update by them.
         """
         chunk = self.current
-        anew = not any_within(numbers, 0, self.horizon)  # nothing of a chunk gone by is behind it
+        anew = not self.past.is_behind(numbers)  # nothing of a chunk gone by is behind it
         over = chunk is None or chunk.complete
         if not over or not anew or self.subject.contract.adds_up or not self.in_batch:
             return run()
@@ -954,7 +936,7 @@ class Watch:
             self.current.evaluations += 1
             self.current.states.append(reached[-1].call.state_after)
             self.current.repeats.append(reached[0].call.state)
-            self.horizon = max(self.horizon, self.current.calls[-1].closed)
+            self.past.run_again(self.current)
             return self.current
         if self._is_other_sequences_turn(reached) and self.current is not None:
             return self._go_on_with(self.current, reached, numbers)
@@ -964,7 +946,7 @@ class Watch:
         """Take further calls for a part of the current chunk."""
         chunk.calls = [*chunk.calls, *calls]
         chunk.events.extend("forward" for _ in calls)
-        chunk.leaks += self._leaks(calls, numbers)
+        chunk.leaks += self.past.leaks(calls, numbers)
         chunk.mode = chunk.mode and all(call.training for call in calls)
         chunk.besides |= frozenset().union(*(call.embedding for call in calls))
         chunk.complete = False
@@ -1021,7 +1003,7 @@ class Watch:
             events=events,
             starts_batch=self.fresh_batch,
             step=step,
-            leaks=self._leaks(calls, numbers),
+            leaks=self.past.leaks(calls, numbers),
             begun=sequence_number(),
             index=self.in_this_batch,
             dirty=tuple(
@@ -1049,23 +1031,6 @@ class Watch:
         """Tell whether an update is due before the chunk that begins, or nothing."""
         index = self.in_this_batch
         return self.subject.contract.opens(index, index + 1, self.batch)
-
-    def _leaks(self, calls: list[LiveCall], numbers: list[int]) -> tuple[Leak, ...]:
-        """Find the paths from a loss's nodes into those of chunks gone by."""
-        older = bisect_left(numbers, self.horizon)
-        if not older:
-            return ()
-        reached = [gone for gone in self.consumed if any_within(numbers, gone.opened, gone.closed)]
-        known = tuple(gone.label for gone in reached)
-        summed = any(any_within(numbers, gone.closed, gone.begun) for gone in reached)
-        into = ", ".join(known) or "an earlier chunk"
-        paths = [
-            path
-            for call in calls
-            for path, oldest in call.attached.items()
-            if oldest < self.horizon
-        ]
-        return tuple(Leak(through, into, known, summed) for through in paths or [""])
 
     # Update ---------------------------------------------------------------------------------
 
@@ -1255,7 +1220,6 @@ class Watch:
         if live is None:
             return
         with self._own_code():
-            last = live.calls[-1]
             self._note_idleness(live)
             chunk = self.closing.chunk(
                 live,
@@ -1265,46 +1229,20 @@ class Watch:
                 following=following,
             )
             self.in_this_batch -= chunk.alternates
-            gone = _Consumed(live.calls[0].opened, last.closed, live.begun, str(chunk))
-            self.consumed = [*self.consumed[-8:], gone]
-            self.horizon = max(self.horizon, last.closed)
-            canaries = [canary for call in live.calls for canary in call.canaries]
-            if chunk.alternates:
-                canaries += self.graphs.pop()[2]
-            self.graphs.append((live.batch, str(chunk), canaries))
+            self.past.add(live, chunk)
             if self.keeps_first and not self.closed:
                 self.first = chunk
             self.closed.append(chunk.slim())
             self.watched += 1
             self.trained.add((live.batch, live.calls[0].snapshot.trainable))
-            del live, last
+            del live
             if not self.halted:  # what was under way when training raised is still held
-                self._note_graphs(batch=chunk.batch)
+                self.past.look(self.training.let_go, batch=chunk.batch)
             self.busy = True
             try:
                 self.hand_on(chunk)
             finally:
                 self.busy = False
-
-    def _note_graphs(self, *, batch: int | None = None) -> None:
-        """Look whether graphs live on that are due to be gone: all but the last one, of `batch`.
-
-        The last chunk of the batch before may be held until this one is done, as by a metric that
-        is logged once a batch: there is never more than one such.
-        """
-        others = sum(batch not in (None, graph[0]) for graph in self.graphs)
-        due = self.graphs[others:-1]
-        if _alive(due):
-            self.training.let_go()
-        if _alive(due) and not self.outlived:
-            gc.collect(1)  # only a cycle may be holding it, which is nobody's mistake
-        if _alive(due) and not self.outlived:
-            gc.collect()
-        if _alive(due) and calls_itself():
-            return  # its locals are there until it returns: looked at again at the batch's end
-        if _alive(due):
-            self.outlived.extend(label for _, label, _ in _alive(due))
-        self.graphs = [*self.graphs[:others], *self.graphs[-1:]]
 
     def _note_changes(self, index: int) -> None:
         live, self.live_batch, self.in_batch = self.live_batch, None, False
@@ -1373,10 +1311,6 @@ def _makes_any(predictions: Iterable[Tensor], raw: Sequence[Tensor]) -> bool:
 
 def _is_state(root: Tensor) -> bool:
     return bool(marked(root, _STATE)) and not marked(root, _PREDICTION)
-
-
-def _alive(graphs: Sequence[_Graph]) -> list[_Graph]:
-    return [graph for graph in graphs if any(canary() is not None for canary in graph[2])]
 
 
 def _unpacked(packed: PackedSequence, places: Tensor | None) -> Tensor | None:

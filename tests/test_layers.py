@@ -81,6 +81,7 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
         },
         "miswired": {"batch", "compare", "layout", "state", "subject", "trace"},
         "parameters": {"compare", "embeddings", "state", "trace"},
+        "past": {"graph", "lines", "live", "trace"},
         "optimizers": {"parameters", "state", "trace"},
         "watch": {
             "attributes",
@@ -97,6 +98,7 @@ MAY_IMPORT: dict[str, dict[str, set[str]]] = {
             "live",
             "optimizers",
             "parameters",
+            "past",
             "places",
             "precision",
             "process",
