@@ -155,7 +155,7 @@ class Bookmarks:
         watch.keeps_first = len(self.plan) == 1 and len(self.plan[0]) == 1
 
     def _before_call(self, watch: Watch, places: Tensor | None, arguments: Arguments) -> None:
-        if self.where is None or watch.batch != self.where[0]:
+        if self.where is None or watch.underway.index != self.where[0]:
             return
         if self.boundary:
             self.counts.append(_counts(arguments))
@@ -190,14 +190,14 @@ class Bookmarks:
 
     def _before_batch(self, watch: Watch) -> None:
         self.trainable = _trainable(watch.module)
-        if 0 < watch.batch == len(self.plan) - 1:
+        if 0 < watch.underway.index == len(self.plan) - 1:
             self.reset = replace(_checkpoint(watch, 0), before_hooks=self.before_hooks)
 
 
 def _checkpoint(watch: Watch, start: int, state: Any = None, handed: bool = False) -> Checkpoint:
     parameters = dict(watch.module.named_parameters())
     return Checkpoint(
-        batch=watch.batch,
+        batch=watch.underway.index,
         start=start,
         parameters={
             name: _shared(watch.parameters.known.get(name), parameter)

@@ -137,7 +137,7 @@ def run(fresh: Fresh, case: Case, hand_on: Callable[[Chunk], None]) -> Trace:
         updates=watch.updates,
         moved_apart=watch.moved_apart,
         counted=watch.lightning_updates() if watch.lightning_updates else None,
-        changed=tuple(watch.changed),
+        changed=tuple(watch.underway.changed),
         skipped=len(skipped),
         diverged=next(iter(diverged), ""),
         validated=bool(validation),

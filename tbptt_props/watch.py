@@ -20,7 +20,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -31,7 +30,7 @@ from tbptt_props.attributes import plain_attributes
 from tbptt_props.batch import Batch
 from tbptt_props.byhand import BY_HAND, Rate
 from tbptt_props.closing import Closing
-from tbptt_props.compare import difference, same, same_leaves
+from tbptt_props.compare import same, same_leaves
 from tbptt_props.device import drawn
 from tbptt_props.forward import Arguments, Forward
 from tbptt_props.graph import (
@@ -45,29 +44,29 @@ from tbptt_props.graph import (
     variables_past,
 )
 from tbptt_props.layout import joined
-from tbptt_props.lineage import Lineage
 from tbptt_props.lines import users_line
 from tbptt_props.live import Canary, LiveCall, LiveChunk, Snapshot, joined_places, turns_of
 from tbptt_props.optimizers import Optimizers, Step, rates_of
 from tbptt_props.parameters import Parameters, stands
 from tbptt_props.past import Past
-from tbptt_props.places import by_memory, lanes_of, locate
+from tbptt_props.places import lanes_of
 from tbptt_props.precision import autocast_in_force, keeps_casts
 from tbptt_props.process import Hung, Watchdog, drawn_to, randomness
+from tbptt_props.refusals import Refusals
 from tbptt_props.scaling import divided, is_told_to_skip, scale_of, scalers_watched
 from tbptt_props.standin import Original, standing_in
 from tbptt_props.state import leaves, value_of
-from tbptt_props.subject import ObservationError, Subject, WiringError
+from tbptt_props.subject import ObservationError, Subject
 from tbptt_props.trace import (
     Call,
     Chunk,
-    Difference,
     Kind,
     Rule,
     Span,
     Tensors,
     updated_by,
 )
+from tbptt_props.underway import Underway
 
 _PREDICTION = "tbptt prediction"  # marks its node in the graph
 _STATE = "tbptt state"
@@ -133,9 +132,11 @@ class Watch:
         self.module = subject.module
         self.device = torch.device(subject.device).type
         self.hand_on = hand_on
-        self.pristine = [batch.copied().moved(subject.device) for batch in batches]
-        self.closing = Closing(subject, self.pristine, plan)
+        pristine = [batch.copied().moved(subject.device) for batch in batches]
+        self.closing = Closing(subject, pristine, plan)
         self.forward = Forward(subject)
+        self.underway = Underway(subject, pristine, self._elsewhere)
+        self.refusals = Refusals(subject, self.forward, self.underway)
         self.parameters = Parameters(self.module)
         self.optimizers = Optimizers(self.parameters)
         self.open: list[LiveCall] = []
@@ -149,11 +150,7 @@ class Watch:
         self.watched = 0
         self.rates: list[float] = []  # of updates, in their order
         self.trained: set[tuple[int, frozenset[str]]] = set()  # parameters, by batch and chunk
-        self.batch = -1
         self.fresh_batch = False
-        self.changed: list[tuple[int, Difference]] = []
-        self.live_batch: Batch | None = None
-        self.in_batch = False
         self.in_this_batch = 0  # chunks
         self.problem: BaseException | None = None
         self.announced: list[int] = []
@@ -164,7 +161,6 @@ class Watch:
         self.moved_by_hand: set[str] = set()
         self.rate = Rate()  # of updates by hand
         self.calls_ever = 0
-        self.lineage = Lineage(self._its_own, self._elsewhere) if subject.follows else None
         self.layer = _only_layer(self.module) if subject.forward == "forward" else None
         self.layer_calls = 0
         self.layer_cuts = 0
@@ -183,7 +179,7 @@ class Watch:
         self.initial_rules: list[Rule] = []
         self.keeps_first = False
         self.first: Chunk | None = None  # kept with its tensors, for a run of one chunk
-        longest = max((batch.inputs.shape[1] for batch in self.pristine), default=0)
+        longest = max((batch.inputs.shape[1] for batch in pristine), default=0)
         self.watchdog = Watchdog(subject.patience, longest=longest)
 
     # What an adapter tells ------------------------------------------------------------------
@@ -197,23 +193,13 @@ class Watch:
         """Note that training turns to batch `index`, as the loop gets it."""
         self.watchdog.turned()
         self._drop_open_calls()
-        self.batch = index
-        self.fresh_batch = self.in_batch = True
+        self.underway.begin(index, batch)
+        self.fresh_batch = True
         self.in_this_batch = 0
         self.closing.batch_started()
-        if self.lineage is not None:
-            self.lineage.forget()
-        self.live_batch = self._taken_apart(batch)
         self.last_state = None  # a batch of which nothing is trained on ends in none
         if self.before_batch:
             self.before_batch(self)
-
-    def _taken_apart(self, whole: Any) -> Batch | None:
-        """Take the batch apart that the loop got; whoever trains may have wrapped or moved it."""
-        try:
-            return Batch.of(whole, self.subject.parts)
-        except Exception:
-            return None
 
     def batch_ended(self, index: int) -> None:
         """Note that the loop is done with batch `index`."""
@@ -221,7 +207,7 @@ class Watch:
         self._drop_open_calls()
         self._close_current()
         self.past.look(self.training.let_go)
-        self._note_changes(index)
+        self.underway.end(index)
 
     def backward_announced(self, loss: Tensor) -> None:
         """Note that Lightning is about to run backward on `loss`."""
@@ -254,8 +240,8 @@ class Watch:
         if chunk is not None:
             return f"{chunk}, {'after' if chunk.complete else 'in'} its backward"
         if self.open:
-            return f"batch {self.batch}, after a forward"
-        return f"batch {self.batch}" if self.batch >= 0 else "the start"
+            return f"batch {self.underway.index}, after a forward"
+        return f"batch {self.underway.index}" if self.underway.index >= 0 else "the start"
 
     def ended_in(self, places: Tensor) -> list[Any]:
         """Return the states that the chunk before ended in, if its rows are those at `places`."""
@@ -271,7 +257,7 @@ class Watch:
         """Watch within the block."""
         with contextlib.ExitStack() as undo:
             undo.enter_context(self.forward.replaced(self._called))
-            undo.enter_context(self.lineage or contextlib.nullcontext())
+            undo.enter_context(self.underway.following())
             if self.layer is not None:
                 layer = self.module.get_submodule(self.layer)
                 undo.enter_context(standing_in(layer, "forward", _after(self._count_layer)))
@@ -297,7 +283,7 @@ class Watch:
 
     def _refuse_backward_state(self, name: str, args: Any, kwargs: Any) -> None:
         """Refuse a layer whose backward direction goes on from the state of the chunk before."""
-        if self._elsewhere() or not torch.is_grad_enabled() or not self.in_batch:
+        if self._elsewhere() or not torch.is_grad_enabled() or not self.underway.begun:
             return
         handed = leaves(args[1] if len(args) > 1 else kwargs.get("hx")).values()
         # Of each layer the forward direction comes first: only the other one has no past to go on.
@@ -314,7 +300,7 @@ class Watch:
         return self.busy or threading.get_ident() != self.thread
 
     def _called(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if self._elsewhere() or not torch.is_grad_enabled() or not self.in_batch:
+        if self._elsewhere() or not torch.is_grad_enabled() or not self.underway.begun:
             return original(*args, **kwargs)
         return self._forward(original, args, kwargs)
 
@@ -342,17 +328,19 @@ class Watch:
 
     def _forward(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         with self._own_code():
-            self._require_own_parameters()
+            self.refusals.parameters()
             arguments = self.forward.arguments(args, kwargs)
             before = {} if self.calls_ever else self.forward.candidates()
             self.calls_ever += 1
             self.watchdog.called(arguments.x)
             if self.calls_ever == 1 or not self.forward.inputs:
-                self._require_inputs(arguments, handed=bool(args) or self.forward.inputs in kwargs)
+                self.refusals.inputs(arguments, handed=bool(args) or self.forward.inputs in kwargs)
             if self.calls_ever == 1:
-                self._require_a_state(arguments)
+                self.refusals.a_state(arguments)
                 self._begin_anew()
-            self._require_what_is_handed_on(arguments)
+            calls = self.current.calls if self.current is not None else []
+            earlier = [call.call.state_after for call in calls]
+            self.refusals.handed_on(arguments, self.last_state, self.last_filled, earlier)
             live = self._opened(arguments)
         if self.calls_ever == 1:
             self.initial_state = live.call.state
@@ -393,117 +381,11 @@ class Watch:
                 self.open.append(live)
         return returned
 
-    def _require_own_parameters(self) -> None:
-        if not all(isinstance(p, nn.Parameter) for p in self.module.parameters()):
-            raise self._fail(
-                f"{type(self.module).__name__} is called with parameters that are not its own, as "
-                "torch.func.functional_call does: what updates them can't be seen"
-            )
-
-    def _require_inputs(self, arguments: Arguments, *, handed: bool) -> None:
-        """Refuse a state that comes first where the inputs are looked for, and they behind it.
-
-        Raises:
-            WiringError: it does, or it has to be watched first what the loop makes of the batch.
-        """
-        first = next(iter(leaves(arguments.x).values()), None)
-        name = self.forward.inputs or arguments.way.inputs
-        behind = arguments.state if self.forward.inputs else arguments.others[1]
-        if self.subject.state or not name or self._places(behind) is None:
-            return
-        if self._places(arguments.x) is not None or self._is_of_the_batch(first):
-            return
-        if first is not None and self._followed(first) is not None:
-            return
-        # It may as well be noise, with inputs behind it, and then the state.
-        further = first is not None and self.forward.parameters[2:]
-        which = "..." if further or not (handed or not self.forward.inputs) else name
-        self.problem = WiringError(
-            f"{type(self.module).__name__}.{self.subject.forward} takes a part of the batch behind "
-            f"{name}, where the inputs are looked for: say which argument is the state with "
-            f"Subject(..., state={which!r})",
-            {} if which == "..." else {"state": (name,)},
-        )
-        raise self.problem
-
-    def _require_what_is_handed_on(self, arguments: Arguments) -> None:
-        """Refuse a state that goes back into forward where it is not looked for."""
-        last, state = leaves(self.last_state), leaves(arguments.state)
-        self._require_what_was_filled(arguments)
-        if self.subject.state or not last or _shapes(state) == _shapes(last):
-            return
-        name = f"{type(self.module).__name__}.{self.subject.forward}"
-        # Where sequences take turns, it is that of an earlier call.
-        calls = self.current.calls if self.current is not None else []
-        states = [self.last_state, *(call.call.state_after for call in calls)]
-        ways = (self.forward.handing_on(arguments, one) for one in states)
-        found = next(filter(None, ways), ())
-        others = leaves(arguments.others).values()
-        if found:
-            self.problem = WiringError(
-                f"{name} takes the state that it returned as {found[0]}: say so with "
-                f"Subject(..., state={found[0]!r})",
-                {"state": found},
-            )
-            raise self.problem
-        among = any(same(one, leaf) for one in others for leaf in last.values() if leaf.any())
-        apart = len(state) != len(last) and (state or self.forward.came_apart)
-        if among or (apart and self.forward.spread):
-            raise self._fail(
-                f"{name} returns a state of {len(last)} tensors and takes {len(state)} of them "
-                "where a state is looked for: say which arguments are the state with Subject(..., "
-                "state=...), and which of what it returns with Subject(..., outputs=...)"
-            )
-
-    def _require_what_was_filled(self, arguments: Arguments) -> None:
-        """Refuse what is returned for a state, if one that was filled in place goes in again."""
-        filled, state = leaves(self.last_filled), leaves(arguments.state)
-        last = leaves(self.last_state)
-        if not filled or state.keys() != filled.keys() or _shapes(state) != _shapes(filled):
-            return
-        like_both = _shapes(filled) == _shapes(last)
-        if like_both and (same_leaves(filled, last) or not same_leaves(state, filled)):
-            return
-        if not self.forward.depends_on_state(arguments):
-            return
-        name = self.forward.handed[0]
-        self.problem = WiringError(
-            f"{type(self.module).__name__}.{self.subject.forward} fills {name} in place, goes on "
-            f"from it, and returns something else: say so with Subject(..., state={name!r})",
-            {"state": (name,)},
-        )
-        raise self.problem
-
-    def _require_a_state(self, arguments: Arguments) -> None:
-        """Refuse a part of the batch where the state is looked for: targets, say, or a mask."""
-        if self.subject.state or not self._is_of_the_batch(arguments.state):
-            return
-        _, named = arguments.others
-        further = self.forward.parameters[2:]
-        found = next((n for n in further if not self._is_of_the_batch(named.get(n))), None)
-        found = found or self.forward.star
-        if not found:
-            return
-        self.problem = WiringError(
-            f"{type(self.module).__name__}.{self.subject.forward} takes a part of the batch as its "
-            f"second argument, where the state is looked for: say which one is the state with "
-            f"Subject(..., state={found!r})",
-            {"state": (found,)},
-        )
-        raise self.problem
-
-    def _is_of_the_batch(self, value: Any) -> bool:
-        if not isinstance(value, Tensor) or self.live_batch is None or not value.numel():
-            return False
-        place = value.untyped_storage().data_ptr()
-        parts = leaves(self.live_batch.whole).values()
-        return any(part.untyped_storage().data_ptr() == place for part in parts)
-
     def _opened(self, arguments: Arguments) -> LiveCall:
         """Write down what a call of forward starts from."""
-        places = self._places(arguments.x)
-        followed = places is None and self.lineage is not None
-        places = self._followed(arguments.x) if places is None else places
+        places = self.underway.places(arguments.x)
+        followed = places is None and self.underway.lineage is not None
+        places = self.underway.followed(arguments.x) if places is None else places
         self._note_update_by_hand()
         if self.before_call:
             self.before_call(self, places, arguments)
@@ -542,41 +424,11 @@ class Watch:
                 found.add(id(variable))
         return frozenset(self.parameters.names[i] for i in found if i in self.parameters.names)
 
-    def _followed(self, whole: Any) -> Tensor | None:
-        """Tell from what the loop made of the batch where inputs are from; watch it, if need be.
-
-        Raises:
-            WiringError: it has not been watched from the beginning.
-        """
-        if not isinstance(whole, Tensor) or not 0 <= self.batch < len(self.pristine):
-            return None
-        if self.lineage is not None:
-            return self.lineage.places(whole)
-        self.problem = WiringError(
-            f"{type(self.module).__name__}.{self.subject.forward} is handed other numbers than the "
-            "batch's: have them followed with Subject(..., follows=True)",
-            {"follows": True},
-        )
-        raise self.problem
-
-    def _its_own(self, tensor: Tensor) -> Tensor | None:
-        """Return the places of a part of the batch under way, told from its memory."""
-        live = self.live_batch.inputs if self.live_batch else None
-        return None if live is None else by_memory(tensor, live)
-
-    def _places(self, whole: Any) -> Tensor | None:
-        x = whole if isinstance(whole, Tensor) else next(iter(leaves(whole).values()), None)
-        if x is None or not 0 <= self.batch < len(self.pristine):
-            return None
-        live = self.live_batch.inputs if self.live_batch else None
-        if isinstance(whole, PackedSequence):
-            return _unpacked(whole, locate(whole.data, live, self.pristine[self.batch].inputs))
-        return locate(x, live, self.pristine[self.batch].inputs)
-
     def _came_out(
         self, returned: Any, arguments: Arguments, before: Mapping[str, Any]
     ) -> tuple[Any, Any]:
-        found = self._made_a_pair(returned, arguments)
+        with self._kept_refusal():
+            found = self.refusals.pair(returned, arguments)
         if found is not None and (
             arguments.has_state or self.calls_ever > 1 or self.forward.parameters[1:]
         ):
@@ -585,36 +437,10 @@ class Watch:
             # What comes back as it goes in is the state, whatever averages forward keeps besides.
             several = self.forward.returns_several_predictions(arguments, returned)
             guessed = () if several else self.forward.guess(before, arguments, returned)
-        if found is not None and not guessed:
-            return found
-        instead: dict[str, Any] = {"state": guessed} if guessed else {}
-        if not instead and self.layer_calls and isinstance(returned, Tensor):
-            # Its state never leaves forward, which may cut the sequence itself.
-            instead = {"forward": self.layer, "loss": None}
-        self.problem = WiringError(
-            f"{type(self.module).__name__}.{self.subject.forward} must return a pair (prediction, "
-            f"state) whose prediction is a tensor, got {_kind(returned)}; name another call with "
-            "Subject(..., forward='...') if this is not the one that runs a chunk, or say where "
-            "the state is with Subject(..., state='...'), or how to make a pair of what it returns "
-            "with Subject(..., outputs=...)",
-            {"outputs": _as_it_is} if several else instead,
-        )
-        raise self.problem
-
-    def _made_a_pair(self, returned: Any, arguments: Arguments) -> tuple[Any, Any] | None:
-        """Return (prediction, state); what `outputs` raises is no fault of the loop's."""
-        if self.subject.outputs is None:
-            return self.forward.came_out(returned, arguments)
-        try:
-            found = self.forward.came_out(returned, arguments)
-        except Exception as error:
-            raise self._fail(f"outputs raised {_told(error)} on {_kind(returned)}") from error
-        if found is None:
-            raise self._fail(
-                "outputs must return a pair (prediction, state) whose prediction is a tensor, or "
-                "several of the same sequences and time steps"
-            )
-        return found
+            if found is not None and not guessed:
+                return found
+            layer = self.layer if self.layer_calls else None
+            raise self.refusals.no_pair(returned, guessed=guessed, several=several, layer=layer)
 
     def _fail(self, message: str) -> ObservationError:
         """Keep the error too, for a loop that swallows exceptions."""
@@ -715,7 +541,7 @@ class Watch:
         chunk = self.current
         anew = not self.past.is_behind(numbers)  # nothing of a chunk gone by is behind it
         over = chunk is None or chunk.complete
-        if not over or not anew or self.subject.contract.adds_up or not self.in_batch:
+        if not over or not anew or self.subject.contract.adds_up or not self.underway.begun:
             return run()
         with self._own_code():
             before = self.parameters.gradients()
@@ -897,6 +723,15 @@ class Watch:
             self._take_tentative()
 
     @contextlib.contextmanager
+    def _kept_refusal(self) -> Iterator[None]:
+        """Keep a refusal too, for a loop that swallows exceptions."""
+        try:
+            yield
+        except ObservationError as refusal:
+            self.problem = refusal
+            raise
+
+    @contextlib.contextmanager
     def _own_code(self) -> Iterator[None]:
         """Keep what goes wrong in here, and count no time: both are no fault of the subject's."""
         with self.watchdog.resting():
@@ -983,7 +818,7 @@ class Watch:
         They share its update: a part of the batch has a backward after the other.
         """
         chunk = self.current
-        if chunk is None or chunk.rules or self.early or chunk.batch != self.batch:
+        if chunk is None or chunk.rules or self.early or chunk.batch != self.underway.index:
             return False
         return bool(turns_of([*chunk.calls, *calls]))
 
@@ -998,7 +833,7 @@ class Watch:
         if ahead or any(call.interrupted for call in calls):
             events.append("update")
         chunk = LiveChunk(
-            batch=self.batch,
+            batch=self.underway.index,
             calls=calls,
             events=events,
             starts_batch=self.fresh_batch,
@@ -1030,7 +865,7 @@ class Watch:
     def _opens(self) -> bool:
         """Tell whether an update is due before the chunk that begins, or nothing."""
         index = self.in_this_batch
-        return self.subject.contract.opens(index, index + 1, self.batch)
+        return self.subject.contract.opens(index, index + 1, self.underway.index)
 
     # Update ---------------------------------------------------------------------------------
 
@@ -1244,20 +1079,6 @@ class Watch:
             finally:
                 self.busy = False
 
-    def _note_changes(self, index: int) -> None:
-        live, self.live_batch, self.in_batch = self.live_batch, None, False
-        if live is None or not 0 <= index < len(self.pristine):
-            return
-        kept = self.pristine[index]
-        after, before = (
-            {"inputs": batch.inputs, **leaves(batch.targets, "targets")} for batch in (live, kept)
-        )
-        for name, now in after.items():
-            then = before.get(name)
-            if then is None or now.shape != then.shape or same(now, then):
-                continue
-            self.changed.append((index, difference(name, now, then)))
-
 
 def _after(look: Callable[[Any, Any], None]) -> Callable[[Original, Any, Any], Any]:
     """Return what looks at the arguments of a call before it makes the call."""
@@ -1296,10 +1117,6 @@ def _slopes_handed(run: functools.partial[Any], roots: list[Tensor]) -> list[Ten
     return [*slopes, *(None for _ in roots[len(slopes) :])]
 
 
-def _shapes(tensors: Tensors) -> list[torch.Size]:
-    return [leaf.shape for leaf in tensors.values()]
-
-
 def _makes_any(predictions: Iterable[Tensor], raw: Sequence[Tensor]) -> bool:
     """Tell whether a prediction is none that forward returned: the loop has another one instead.
 
@@ -1311,26 +1128,3 @@ def _makes_any(predictions: Iterable[Tensor], raw: Sequence[Tensor]) -> bool:
 
 def _is_state(root: Tensor) -> bool:
     return bool(marked(root, _STATE)) and not marked(root, _PREDICTION)
-
-
-def _unpacked(packed: PackedSequence, places: Tensor | None) -> Tensor | None:
-    """Lay the places of packed inputs out as (B, K, 2), if all sequences have K time steps."""
-    if places is None or len(set(packed.batch_sizes.tolist())) > 1:
-        return places
-    laid_out = places.reshape(len(packed.batch_sizes), -1, 2).transpose(0, 1)
-    order = packed.unsorted_indices
-    return laid_out if order is None else laid_out[order.cpu()]
-
-
-def _as_it_is(returned: Any) -> Any:
-    return returned
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {len(value)}"
-    return f"a {type(value).__name__}"
