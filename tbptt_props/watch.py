@@ -328,19 +328,11 @@ class Watch:
 
     def _forward(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         with self._own_code():
-            self.refusals.parameters()
             arguments = self.forward.arguments(args, kwargs)
             before = {} if self.calls_ever else self.forward.candidates()
             self.calls_ever += 1
             self.watchdog.called(arguments.x)
-            if self.calls_ever == 1 or not self.forward.inputs:
-                self.refusals.inputs(arguments, handed=bool(args) or self.forward.inputs in kwargs)
-            if self.calls_ever == 1:
-                self.refusals.a_state(arguments)
-                self._begin_anew()
-            calls = self.current.calls if self.current is not None else []
-            earlier = [call.call.state_after for call in calls]
-            self.refusals.handed_on(arguments, self.last_state, self.last_filled, earlier)
+            self._refuse(arguments, handed=bool(args) or self.forward.inputs in kwargs)
             live = self._opened(arguments)
         if self.calls_ever == 1:
             self.initial_state = live.call.state
@@ -354,32 +346,54 @@ class Watch:
         live.drew = not torch.equal(live.randomness[0], torchs)
         predicted, after = self._came_out(returned, arguments, before)
         with self._own_code():
-            self.last_state = value_of(after)
-            guessed = not self.subject.state and len(self.forward.handed) == 1
-            filled = guessed and not self.subject.outputs and arguments.was_filled
-            self.last_filled = value_of(arguments.state) if filled else None
-            pair = joined(predicted)
-            assert pair is not None  # or it would not have come out
-            live.call = replace(
-                live.call,
-                prediction=pair[0].detach(),
-                nest=pair[1],
-                is_state=any(predicted is leaf for leaf in leaves(after).values()),
-                state_after=self.last_state,
-                way=replace(live.call.way, filled=self.forward.fills),
-            )
-            parts = leaves(after)
-            live.handed_on = frozenset(path for path in parts if parts[path].grad_fn)
-            for leaf in leaves(after).values():
-                mark(leaf, _STATE)
-            if pair[0].grad_fn is not None:
-                # What `outputs` made of it may not be behind what the loop keeps.
-                raw = [*leaves(returned).values()] if self.subject.outputs else []
-                self._look_after(live, predicted, (*leaves(after).values(), *raw))
-                if pair[1] is None or not _makes_any(leaves(predicted).values(), raw):
-                    self._be_told(live, predicted)
-                self.open.append(live)
+            self._note_state(live, after, arguments)
+            self._note_prediction(live, returned, predicted, after)
         return returned
+
+    def _refuse(self, arguments: Arguments, *, handed: bool) -> None:
+        """Refuse what can't be judged of a call that is about to be made."""
+        self.refusals.parameters()
+        if self.calls_ever == 1 or not self.forward.inputs:
+            self.refusals.inputs(arguments, handed=handed)
+        if self.calls_ever == 1:
+            self.refusals.a_state(arguments)
+            self._begin_anew()
+        calls = self.current.calls if self.current is not None else []
+        earlier = [call.call.state_after for call in calls]
+        self.refusals.handed_on(arguments, self.last_state, self.last_filled, earlier)
+
+    def _note_state(self, live: LiveCall, after: Any, arguments: Arguments) -> None:
+        """Write down the state in which a call ends, and mark it in the graph."""
+        self.last_state = value_of(after)
+        guessed = not self.subject.state and len(self.forward.handed) == 1
+        filled = guessed and not self.subject.outputs and arguments.was_filled
+        self.last_filled = value_of(arguments.state) if filled else None
+        parts = leaves(after)
+        live.handed_on = frozenset(path for path in parts if parts[path].grad_fn)
+        for leaf in parts.values():
+            mark(leaf, _STATE)
+
+    def _note_prediction(self, live: LiveCall, returned: Any, predicted: Any, after: Any) -> None:
+        """Write down what a call predicts, and look after its graph, if it has one."""
+        pair = joined(predicted)
+        assert pair is not None  # or it would not have come out
+        state = leaves(after).values()
+        live.call = replace(
+            live.call,
+            prediction=pair[0].detach(),
+            nest=pair[1],
+            is_state=any(predicted is leaf for leaf in state),
+            state_after=self.last_state,
+            way=replace(live.call.way, filled=self.forward.fills),
+        )
+        if pair[0].grad_fn is None:
+            return
+        # What `outputs` made of it may not be behind what the loop keeps.
+        raw = [*leaves(returned).values()] if self.subject.outputs else []
+        self._look_after(live, predicted, (*state, *raw))
+        if pair[1] is None or not _makes_any(leaves(predicted).values(), raw):
+            self._be_told(live, predicted)
+        self.open.append(live)
 
     def _opened(self, arguments: Arguments) -> LiveCall:
         """Write down what a call of forward starts from."""
@@ -497,14 +511,10 @@ class Watch:
             result = run()
         with self._own_code():
             if chunk.evaluations == 1:
-                for call, cotangent in gathered.items():
-                    earlier = call.cotangent
-                    call.cotangent = cotangent if earlier is None else earlier + cotangent
+                _add_up_cotangents(gathered)
                 chunk.loss += loss
                 chunk.drawn_to = drawn_at
-                handed = [r for r, slope in zip(roots, slopes, strict=True) if slope is not None]
-                chunk.by_slope = chunk.by_slope or any(root.dim() > 0 for root in handed)
-                chunk.chained = chunk.chained or any(map(_is_state, handed))
+                _note_slopes(chunk, roots, slopes)
                 moved = self.parameters.moved() if self.by_hand and caught else caught.keys()
                 used = {n: g for n, g in caught.items() if n in moved}
                 self._take_gradients(chunk, used)
@@ -1115,6 +1125,21 @@ def _slopes_handed(run: functools.partial[Any], roots: list[Tensor]) -> list[Ten
     handed = asked.get("grad_tensors")
     slopes = [handed] if handed is None or isinstance(handed, Tensor) else list(handed)
     return [*slopes, *(None for _ in roots[len(slopes) :])]
+
+
+def _note_slopes(
+    chunk: LiveChunk, roots: Sequence[Tensor], slopes: Sequence[Tensor | None]
+) -> None:
+    """Note whether backward starts from the slope of a loss, or of a state, that it is handed."""
+    handed = [root for root, slope in zip(roots, slopes, strict=True) if slope is not None]
+    chunk.by_slope = chunk.by_slope or any(root.dim() > 0 for root in handed)
+    chunk.chained = chunk.chained or any(map(_is_state, handed))
+
+
+def _add_up_cotangents(gathered: Mapping[LiveCall, Tensor]) -> None:
+    """Add what a backward brought to each call's prediction to what those before it did."""
+    for call, cotangent in gathered.items():
+        call.cotangent = cotangent if call.cotangent is None else call.cotangent + cotangent
 
 
 def _makes_any(predictions: Iterable[Tensor], raw: Sequence[Tensor]) -> bool:
